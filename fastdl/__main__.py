@@ -1,0 +1,7 @@
+"""python -m fastdl: see fastdl.cli."""
+
+import sys
+
+from fastdl.cli import main
+
+sys.exit(main())

@@ -1,0 +1,48 @@
+"""How wrong a result may be: the one bound that tests, benchmark and the proof at first call share."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+# A kernel may be this many times as wrong as torch in the same dtype, both against float64.
+MULTIPLE = 2.0
+MULTIPLE_LONG_REDUCTION = 4.0
+# In 16 bits the one rounding of the result is the error, and torch has it too, but for luck in small results. In 32 and
+# 64 bits torch may be exact where a formula of several operations is not.
+_FLOOR_EPSILONS_16 = 0.5
+_FLOOR_EPSILONS = 4.0
+
+
+def error(actual: Tensor, exact: Tensor) -> float:
+    """The norm-wise relative error ||actual - exact|| / ||exact||; inf where NaN, infinity or shape disagree.
+
+    Args:
+        actual: any floating dtype; exact: float64, of the same shape.
+    """
+    if actual.shape != exact.shape:
+        return math.inf
+    if actual.numel() == 0:
+        return 0.0
+    actual = actual.detach().double()
+    exact = exact.detach().to(actual.device)
+    # Where the exact value is beyond the range of the dtype both must overflow alike; it says so by inf or NaN.
+    special = ~torch.isfinite(exact) | ~torch.isfinite(actual)
+    if bool(special.any()):
+        same = (actual == exact) | (actual.isnan() & exact.isnan())
+        if not bool((same | ~special).all()):
+            return math.inf
+        actual, exact = actual.masked_fill(special, 0), exact.masked_fill(special, 0)
+    difference = float(torch.linalg.vector_norm(actual - exact))
+    scale = float(torch.linalg.vector_norm(exact))
+    if scale == 0:
+        return 0.0 if difference == 0 else math.inf
+    return difference / scale
+
+
+def bound(torch_error: float, dtype: torch.dtype, multiple: float = MULTIPLE) -> float:
+    """The largest error allowed where torch's own in this dtype is ``torch_error``."""
+    floor = _FLOOR_EPSILONS_16 if dtype.itemsize == 2 else _FLOOR_EPSILONS
+    return multiple * torch_error + floor * torch.finfo(dtype).eps

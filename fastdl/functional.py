@@ -1,0 +1,168 @@
+"""The package's functions: torch.nn.functional's names and signatures, plus keyword-only options."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastdl import activations
+from fastdl.activations import Activation
+from fastdl.dispatch import AUTO_ORDER, Op, Selection, UnsupportedError, is_plain, state
+from fastdl.ops import linear as _linear
+from fastdl.ops.activation import ACTIVATION, ActivationFunction
+
+__all__ = ["elu", "gelu", "leaky_relu", "linear", "relu", "sigmoid", "silu", "tanh"]
+
+
+def linear(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str | Activation | None = None
+) -> Tensor:
+    """activation(input @ weight.T + bias), fused.
+
+    As :func:`torch.nn.functional.linear`, with autocast, any leading dimensions and any strides.
+
+    Args:
+        input: (*, in_features); float32, float16, bfloat16 or float64.
+        weight: (out_features, in_features), of the same dtype and device.
+        bias: (out_features,) or None.
+        activation: a name (``"relu"``, ``"leaky_relu"``, ``"elu"``, ``"sigmoid"``, ``"tanh"``, ``"gelu"``,
+            ``"silu"``), an :class:`fastdl.Activation`, or None.
+
+    Returns:
+        (*, out_features).
+
+    Raises:
+        TypeError: an argument that is not a tensor, or an activation that is neither name nor Activation.
+        ValueError: an unknown activation.
+        RuntimeError: shapes, dtypes or devices that do not fit.
+        fastdl.UnsupportedError: a backend named by ``use_backend`` that can't do this call.
+    """
+    kind, parameter = activations.resolve(activation)
+    requested = state.requested
+    if not is_plain(input, weight, bias):
+        return _reference(_linear.LINEAR, requested, input, weight, bias, kind, parameter)  # type: ignore[no-any-return]
+    if input.device.type in AUTO_ORDER and torch.is_autocast_enabled(input.device.type):
+        input, weight, bias = _autocast(input, weight, bias)
+    training = torch.is_grad_enabled() and (
+        input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    )
+    two_outputs = training and activations.saves(kind, parameter) == "preactivation"
+    op = _linear.LINEAR_WITH_PREACTIVATION if two_outputs else _linear.LINEAR
+    selection = _select(op, requested, training, input, weight, bias, kind, parameter)
+    if selection is not None and selection.backend == "torch":
+        return _linear.reference(input, weight, bias, kind, parameter)
+    if not training:
+        return op(requested, input, weight, bias, kind, parameter, selection=selection)  # type: ignore[no-any-return]
+    result: Any = _linear.LinearFunction.apply(input, weight, bias, kind, parameter, requested, selection)
+    return result[0] if two_outputs else result  # type: ignore[no-any-return]
+
+
+def relu(input: Tensor, inplace: bool = False) -> Tensor:
+    """max(input, 0), elementwise; as :func:`torch.nn.functional.relu`."""
+    return _activation("relu", input, 1, 0.0, inplace)
+
+
+def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
+    """input where positive, else negative_slope * input; as :func:`torch.nn.functional.leaky_relu`."""
+    return _activation("leaky_relu", input, 2, float(negative_slope), inplace)
+
+
+def elu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
+    """input where positive, else alpha * (exp(input) - 1) (Clevert et al., 2015).
+
+    As :func:`torch.nn.functional.elu`.
+    """
+    return _activation("elu", input, 3, float(alpha), inplace)
+
+
+def sigmoid(input: Tensor) -> Tensor:
+    """1 / (1 + exp(-input)), elementwise; as :func:`torch.sigmoid`."""
+    return _activation("sigmoid", input, 4, 0.0)
+
+
+def tanh(input: Tensor) -> Tensor:
+    """The hyperbolic tangent, elementwise; as :func:`torch.tanh`."""
+    return _activation("tanh", input, 5, 0.0)
+
+
+def gelu(input: Tensor, approximate: str = "none") -> Tensor:
+    """input * Phi(input) (Hendrycks and Gimpel, 2016); as :func:`torch.nn.functional.gelu`.
+
+    Args:
+        approximate: ``"none"``, by erf, or ``"tanh"``.
+
+    Raises:
+        ValueError: another ``approximate``.
+    """
+    return _activation("gelu", input, Activation("gelu", approximate=approximate).kind, 0.0)
+
+
+def silu(input: Tensor, inplace: bool = False) -> Tensor:
+    """input * sigmoid(input), elementwise; as :func:`torch.nn.functional.silu`."""
+    return _activation("silu", input, 8, 0.0, inplace)
+
+
+def _activation(name: str, input: Tensor, kind: int, parameter: float, inplace: bool = False) -> Tensor:
+    requested = state.requested
+    if inplace:
+        if requested not in ("auto", "torch"):
+            raise UnsupportedError(f"fastdl.{name}: inplace is True, allowed on backend {requested!r}: False")
+        return _IN_PLACE[name](input, parameter)
+    if not is_plain(input):
+        return _reference(ACTIVATION, requested, input, kind, parameter)  # type: ignore[no-any-return]
+    training = torch.is_grad_enabled() and input.requires_grad
+    selection = _select(ACTIVATION, requested, training, input, kind, parameter)
+    if selection is not None and selection.backend == "torch":
+        return activations.reference(input, kind, parameter)
+    if not training:
+        return ACTIVATION(requested, input, kind, parameter, selection=selection)  # type: ignore[no-any-return]
+    return ActivationFunction.apply(input, kind, parameter, requested, selection)  # type: ignore[no-any-return]
+
+
+_IN_PLACE = {
+    "relu": lambda input, _: F.relu(input, inplace=True),
+    "leaky_relu": lambda input, slope: F.leaky_relu(input, slope, inplace=True),
+    "elu": lambda input, alpha: F.elu(input, alpha, inplace=True),
+    "silu": lambda input, _: F.silu(input, inplace=True),
+}
+
+
+# ------------------------------------------------------------------------------------------- shared by all functions
+
+
+def _reference(op: Op, requested: str, *arguments: Any) -> Any:
+    """Calls the reference for what is no kernel's business: see :func:`fastdl.dispatch.is_plain`."""
+    if requested not in ("auto", "torch"):
+        if op.check is not None:
+            op.check(*arguments)
+        raise UnsupportedError(
+            f"fastdl.{op.name}: backend {requested!r} takes plain tensors outside torch.func, allowed: auto, torch"
+        )
+    if state.traces and not torch.compiler.is_compiling():
+        reason = "named by use_backend" if requested == "torch" else "tensor subclass, torch.func or a function mode"
+        op.record(Selection("torch", reason, op.reference), arguments)
+    return op.reference(*arguments)
+
+
+def _select(op: Op, requested: str, training: bool, *arguments: Any) -> Selection | None:
+    """The backend of a call, after the check of its arguments; None while compiling: the op will choose at run time."""
+    if torch.compiler.is_compiling():
+        if op.check is not None:
+            op.check(*arguments)
+        return _TORCH if requested == "torch" else None
+    selection = op.select(requested, arguments, training)
+    if selection.backend == "torch" and state.traces:
+        op.record(selection, arguments)
+    return selection
+
+
+_TORCH = Selection("torch", "named by use_backend", lambda *_: None)
+
+
+def _autocast(*tensors: Tensor | None) -> Any:
+    """The tensors in autocast's dtype, as torch casts them for a linear layer: float64 and integers stay."""
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)  # type: ignore[union-attr]
+    return [t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors]

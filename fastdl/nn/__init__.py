@@ -1,0 +1,6 @@
+"""Drop-in modules: subclasses of torch.nn's of the same name, with the same constructor, state_dict and results."""
+
+from fastdl.nn.activation import ELU, GELU, LeakyReLU, ReLU, Sigmoid, SiLU, Tanh
+from fastdl.nn.linear import Linear, LinearReLU
+
+__all__ = ["ELU", "GELU", "LeakyReLU", "Linear", "LinearReLU", "ReLU", "SiLU", "Sigmoid", "Tanh"]

@@ -1,0 +1,41 @@
+"""What every call of a native kernel needs: dtype codes, the stream or thread count, addresses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdl import dispatch
+
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+FLOATING = tuple(DTYPE_CODES)
+# Outputs of this size get huge pages: a page fault for each 4 KiB costs more than the kernel itself.
+_HUGE_PAGES_FROM = 4 << 20
+
+
+def kernels(backend: str) -> Any:
+    """The module of native kernels of a backend."""
+    return dispatch.cuda_kernels() if backend == "cuda" else dispatch.native().cpu
+
+
+def context(tensor: Tensor) -> int:
+    """The last argument of a native call: the current stream for a GPU, else the number of threads."""
+    if tensor.is_cuda:
+        return int(torch.cuda.current_stream(tensor.device).cuda_stream)
+    return torch.get_num_threads()
+
+
+def address(tensor: Tensor | None) -> int:
+    """The address of a tensor's first element; 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def empty(shape: tuple[int, ...] | torch.Size, like: Tensor) -> Tensor:
+    """An uninitialised contiguous tensor of ``like``'s dtype and device."""
+    output = torch.empty(shape, dtype=like.dtype, device=like.device)
+    bytes_ = output.numel() * output.element_size()
+    if bytes_ >= _HUGE_PAGES_FROM and like.device.type == "cpu" and (native := dispatch.native()) is not None:
+        native.cpu.advise_huge_pages(output.data_ptr(), bytes_)
+    return output

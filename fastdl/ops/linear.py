@@ -1,0 +1,469 @@
+"""Fused linear layer, activation(input @ weight.T + bias): ops, gradients and implementations by backend."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastdl import accuracy, activations
+from fastdl.dispatch import Op, Support
+from fastdl.ops import _native
+
+
+def reference(input: Tensor, weight: Tensor, bias: Tensor | None, kind: int, parameter: float) -> Tensor:
+    """activation(input @ weight.T + bias) by torch's operators."""
+    return activations.reference(F.linear(input, weight, bias), kind, parameter)
+
+
+def _reference_with_preactivation(
+    input: Tensor, weight: Tensor, bias: Tensor | None, kind: int, parameter: float
+) -> tuple[Tensor, Tensor]:
+    z = F.linear(input, weight, bias)
+    return activations.reference(z, kind, parameter) if kind else z.clone(), z
+
+
+def reference_backward(
+    grad_output: Tensor,
+    input: Tensor | None,
+    weight: Tensor | None,
+    saved: Tensor | None,
+    kind: int,
+    parameter: float,
+    bias: bool,
+    grad_preactivation: Tensor | None = None,
+) -> list[Tensor]:
+    """The gradients of input (if ``weight`` is given), weight (if ``input`` is) and bias (if ``bias``), in this order.
+
+    By torch's operators, so that double backward follows by autograd.
+
+    Args:
+        grad_output, saved: (*, N); input: (*, K); weight: (N, K).
+        grad_preactivation: (*, N), added to the pre-activation's gradient.
+    """
+    dz = activations.reference_gradient(grad_output, saved, kind, parameter)
+    if grad_preactivation is not None:
+        dz = dz + grad_preactivation
+    dz_rows = _rows(dz)
+    gradients = []
+    if weight is not None:
+        gradients.append(dz @ weight)
+    if input is not None:
+        gradients.append(dz_rows.t() @ _rows(input))
+    if bias:
+        gradients.append(dz_rows.sum(0))
+    return gradients
+
+
+def _check(input: Tensor, weight: Tensor, bias: Tensor | None, kind: int, parameter: float) -> None:
+    named = [("input", input), ("weight", weight)] + ([("bias", bias)] if bias is not None else [])
+    for name, tensor in named:
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"linear: {name} must be a tensor; got {type(tensor).__name__}")
+    for name, tensor in named[1:]:
+        if tensor.dtype != input.dtype:
+            raise RuntimeError(f"linear: {name} has dtype {tensor.dtype}, allowed: {input.dtype}, the dtype of input")
+        if tensor.device != input.device:
+            raise RuntimeError(f"linear: {name} is on {tensor.device}, allowed: {input.device}, the device of input")
+    if weight.dim() not in (1, 2):
+        raise RuntimeError(f"linear: weight has shape {tuple(weight.shape)}, allowed: (out_features, in_features)")
+    in_features = weight.shape[-1]
+    if input.dim() == 0 or input.shape[-1] != in_features:
+        raise RuntimeError(
+            f"linear: input has shape {tuple(input.shape)}, allowed: (*, {in_features}), since weight has shape "
+            f"{tuple(weight.shape)}"
+        )
+    if bias is not None and bias.dim() == 1 and weight.dim() == 2 and bias.shape[0] not in (1, weight.shape[0]):
+        raise RuntimeError(f"linear: bias has shape {tuple(bias.shape)}, allowed: ({weight.shape[0]},)")
+    if not activations.accepts(input.dtype, kind):
+        raise RuntimeError(f"linear: input has dtype {input.dtype}, allowed with an activation: floating-point dtypes")
+
+
+def _limit(input: Tensor, weight: Tensor, bias: Tensor | None, kind: int, parameter: float) -> str | None:
+    if weight.dim() != 2:
+        return f"weight has shape {tuple(weight.shape)}, allowed: (out_features, in_features)"
+    if bias is not None and bias.shape != weight.shape[:1]:
+        return f"bias has shape {tuple(bias.shape)}, allowed: ({weight.shape[0]},)"
+    return activations.limit(kind, parameter)
+
+
+def _limit_with_preactivation(input: Tensor, weight: Tensor, bias: Tensor | None, kind: int, parameter: float) -> Any:
+    return _limit(input, weight, bias, kind, parameter) or (None if kind else "kind is none, allowed: an activation")
+
+
+def _shape_class(input: Tensor, weight: Tensor, bias: Tensor | None, kind: int, *_: Any) -> Any:
+    return "fused" if kind else "plain", (math.prod(input.shape[:-1]), input.shape[-1], weight.shape[0])
+
+
+def _backward_shape_class(grad_output: Tensor, input: Any, weight: Any, saved: Any, kind: int, *_: Any) -> Any:
+    columns = grad_output.shape[-1]
+    inner = weight.shape[1] if weight is not None else input.shape[-1] if input is not None else 1
+    return "fused" if kind else "plain", (math.prod(grad_output.shape[:-1]), inner, columns)
+
+
+def _fake(input: Tensor, weight: Tensor, *_: Any) -> Tensor:
+    return input.new_empty((*input.shape[:-1], weight.shape[0]))
+
+
+def _fake_backward(
+    grad_output: Tensor,
+    input: Tensor | None,
+    weight: Tensor | None,
+    saved: Any,
+    kind: int,
+    p: float,
+    bias: bool,
+    _: str,
+) -> list[Tensor]:
+    gradients = []
+    if weight is not None:
+        gradients.append(grad_output.new_empty((*grad_output.shape[:-1], weight.shape[1])))
+    if input is not None:
+        gradients.append(grad_output.new_empty((grad_output.shape[-1], input.shape[-1])))
+    if bias:
+        gradients.append(grad_output.new_empty((grad_output.shape[-1],)))
+    return gradients
+
+
+_ARGUMENTS = "Tensor input, Tensor weight, Tensor? bias, int kind, float parameter, str backend"
+LINEAR = Op(
+    f"linear({_ARGUMENTS}) -> Tensor",
+    fake=_fake,
+    reference=reference,
+    tensors=3,
+    multiple=accuracy.MULTIPLE,
+    shape_class=_shape_class,
+    check=_check,
+)
+LINEAR_WITH_PREACTIVATION = Op(
+    f"linear_with_preactivation({_ARGUMENTS}) -> (Tensor, Tensor)",
+    fake=lambda *args: (_fake(*args), _fake(*args)),
+    reference=_reference_with_preactivation,
+    tensors=3,
+    multiple=accuracy.MULTIPLE,
+    shape_class=_shape_class,
+    check=_check,
+)
+LINEAR_BACKWARD = Op(
+    "linear_backward(Tensor grad_output, Tensor? input, Tensor? weight, Tensor? saved, int kind, float parameter, "
+    "bool bias, str backend) -> Tensor[]",
+    fake=_fake_backward,
+    reference=reference_backward,
+    tensors=4,
+    multiple=accuracy.MULTIPLE_LONG_REDUCTION,
+    shape_class=_backward_shape_class,
+)
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """(*, K) as (rows, K), a view where the strides allow one."""
+    return tensor if tensor.dim() == 2 else tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
+
+
+def _operand(matrix: Tensor) -> tuple[Tensor, int, int]:
+    """A matrix with stride 1 along one axis, as the native kernels want it: itself or a copy, and its two strides."""
+    rows, columns = matrix.shape
+    row_stride, column_stride = matrix.stride()
+    # The stride of an axis of length 1 may be anything.
+    column_stride = column_stride if columns > 1 else 1
+    row_stride = row_stride if rows > 1 else columns if column_stride == 1 else 1
+    if row_stride and column_stride and 1 in (row_stride, column_stride):
+        return matrix, row_stride, column_stride
+    return matrix.contiguous(), max(columns, 1), 1
+
+
+# ----------------------------------------------------------------------------------------------- native: cpu, cuda
+
+
+def _product(x: Tensor, w: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+    """x @ w.T + bias by the library, where that is at the machine's limit; x (M, K), w (N, K), any strides."""
+    if backend == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and torch.backends.mkldnn.is_available():
+        # oneDNN runs at the limit on every x86 processor; MKL, behind addmm, only on some.
+        output: Tensor = torch.ops.mkldnn._linear_pointwise(x, w, bias, "none", [], "")
+        return output
+    return torch.mm(x, w.t()) if bias is None else torch.addmm(bias, x, w.t())
+
+
+def _packed_is_better(m: int, n: int, k: int, dtype: torch.dtype) -> bool:
+    """Whether the package's own packed GEMM beats the library on the CPU, for (M, K) x (K, N)."""
+    if dtype in (torch.float16, torch.float64):
+        return m > 1 or dtype == torch.float64
+    if dtype == torch.float32:
+        # A vector times a matrix is bound by reading the matrix: packing it first reads it twice.
+        return m > 1 and not (m * n <= 1 << 12 and k >= 4096)
+    return m > 64 or m * n * k <= 1 << 22
+
+
+def _gemm_cpu(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    kind: int = 0,
+    parameter: float = 0.0,
+    preactivation: Tensor | None = None,
+) -> Tensor:
+    """activation(x @ w.T + bias), (M, N), by the packed GEMM; ``preactivation`` (M, N) receives its argument."""
+    (m, k), n = x.shape, w.shape[0]
+    x, x_row_stride, x_column_stride = _operand(x)
+    w, w_row_stride, w_column_stride = _operand(w)
+    output = _native.empty((m, n), x)
+    _native.kernels("cpu").linear(
+        _native.DTYPE_CODES[x.dtype],
+        x.data_ptr(),
+        x_row_stride,
+        x_column_stride,
+        w.data_ptr(),
+        w_row_stride,
+        w_column_stride,
+        _native.address(bias),
+        output.data_ptr(),
+        _native.address(preactivation),
+        m,
+        n,
+        k,
+        kind,
+        parameter,
+        _native.context(x),
+    )
+    return output
+
+
+def _native_forward(
+    backend: str, input: Tensor, weight: Tensor, bias: Tensor | None, kind: int, parameter: float, preactivation: bool
+) -> tuple[Tensor, Tensor | None]:
+    x = _rows(input)
+    (m, k), n = x.shape, weight.shape[0]
+    bias = None if bias is None else bias.contiguous()
+    shape = (*input.shape[:-1], n)
+    if m * n == 0:
+        empty = input.new_empty(shape)
+        return empty, input.new_empty(shape) if preactivation else None
+    z = None
+    if backend == "cpu" and _packed_is_better(m, n, k, x.dtype):
+        z = _native.empty((m, n), x) if preactivation else None
+        y = _gemm_cpu(x, weight, bias, kind, parameter, z)
+    else:
+        y = _product(x, weight, bias if kind == 0 else None, backend)
+        if kind:
+            z = y if preactivation else None
+            y = torch.empty_like(y) if preactivation else y
+            _native.kernels(backend).bias_activation(
+                _native.DTYPE_CODES[x.dtype],
+                y.data_ptr() if z is None else z.data_ptr(),
+                _native.address(bias),
+                y.data_ptr(),
+                _native.address(z) if bias is not None else 0,
+                m,
+                n,
+                kind,
+                parameter,
+                _native.context(x),
+            )
+    return y.view(shape), None if z is None else z.view(shape)
+
+
+def _native_backward(
+    backend: str,
+    grad_output: Tensor,
+    input: Tensor | None,
+    weight: Tensor | None,
+    saved: Tensor | None,
+    kind: int,
+    parameter: float,
+    bias: bool,
+) -> list[Tensor]:
+    n = grad_output.shape[-1]
+    dz = _rows(grad_output)
+    m = dz.shape[0]
+    grad_bias = grad_output.new_empty(n) if bias else None
+    if m * n == 0:
+        return reference_backward(grad_output, input, weight, saved, kind, parameter, bias)
+    if saved is not None or bias:
+        dz = dz.contiguous()
+        kernels = _native.kernels(backend)
+        workspace = None
+        if grad_bias is not None and (size := kernels.bias_activation_backward_workspace(m, n)):
+            workspace = torch.empty(size, dtype=torch.uint8, device=dz.device)
+        grad = dz
+        dz = grad if saved is None else _native.empty((m, n), grad)
+        kernels.bias_activation_backward(
+            _native.DTYPE_CODES[grad.dtype],
+            grad.data_ptr(),
+            _native.address(None if saved is None else _rows(saved).contiguous()),
+            0 if saved is None else dz.data_ptr(),
+            _native.address(grad_bias),
+            m,
+            n,
+            kind,
+            parameter,
+            _native.address(workspace),
+            _native.context(grad),
+        )
+    gradients = []
+    if weight is not None:
+        grad_input = _native_matmul(backend, dz, weight.t())
+        gradients.append(grad_input.view(*grad_output.shape[:-1], weight.shape[1]))
+    if input is not None:
+        gradients.append(_native_matmul(backend, dz.t(), _rows(input).t()))
+    if grad_bias is not None:
+        gradients.append(grad_bias)
+    return gradients
+
+
+def _native_matmul(backend: str, x: Tensor, w: Tensor) -> Tensor:
+    """x @ w.T for a gradient; x (M, K), w (N, K), any strides."""
+    (m, k), n = x.shape, w.shape[0]
+    if backend == "cpu" and m * n and _packed_is_better(m, n, k, x.dtype):
+        return _gemm_cpu(x, w, None)
+    return _product(x, w, None, backend)
+
+
+def _add_native(backend: str) -> None:
+    support = Support(_native.FLOATING, _limit)
+
+    @LINEAR.implement(backend, support)
+    def forward(input: Tensor, weight: Tensor, bias: Tensor | None, kind: int, parameter: float) -> Tensor:
+        return _native_forward(backend, input, weight, bias, kind, parameter, False)[0]
+
+    @LINEAR_WITH_PREACTIVATION.implement(backend, Support(_native.FLOATING, _limit_with_preactivation))
+    def forward_with_preactivation(
+        input: Tensor, weight: Tensor, bias: Tensor | None, kind: int, parameter: float
+    ) -> tuple[Tensor, Tensor | None]:
+        return _native_forward(backend, input, weight, bias, kind, parameter, True)
+
+    @LINEAR_BACKWARD.implement(backend, Support(_native.FLOATING))
+    def backward(*arguments: Any) -> list[Tensor]:
+        return _native_backward(backend, *arguments)
+
+
+_add_native("cpu")
+_add_native("cuda")
+
+
+# ----------------------------------------------------------------------------------------------------------- triton
+
+
+def _allow_tf32() -> bool:
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
+
+
+def _triton_forward(
+    input: Tensor, weight: Tensor, bias: Tensor | None, kind: int, parameter: float, preactivation: bool
+) -> tuple[Tensor, Tensor | None]:
+    from fastdl.kernels import linear as kernels
+
+    x = _rows(input)
+    shape = (*input.shape[:-1], weight.shape[0])
+    output = input.new_empty(shape)
+    z = input.new_empty(shape) if preactivation else None
+    if output.numel():
+        bias = None if bias is None else bias.contiguous()
+        kernels.linear(
+            x, weight, bias, _rows(output), None if z is None else _rows(z), kind, parameter, allow_tf32=_allow_tf32()
+        )
+    return output, z
+
+
+@LINEAR.implement("triton", Support(_native.FLOATING, _limit))
+def _linear_triton(input: Tensor, weight: Tensor, bias: Tensor | None, kind: int, parameter: float) -> Tensor:
+    return _triton_forward(input, weight, bias, kind, parameter, False)[0]
+
+
+@LINEAR_WITH_PREACTIVATION.implement("triton", Support(_native.FLOATING, _limit_with_preactivation))
+def _linear_with_preactivation_triton(
+    input: Tensor, weight: Tensor, bias: Tensor | None, kind: int, parameter: float
+) -> tuple[Tensor, Tensor | None]:
+    return _triton_forward(input, weight, bias, kind, parameter, True)
+
+
+@LINEAR_BACKWARD.implement("triton", Support(_native.FLOATING))
+def _linear_backward_triton(
+    grad_output: Tensor,
+    input: Tensor | None,
+    weight: Tensor | None,
+    saved: Tensor | None,
+    kind: int,
+    parameter: float,
+    bias: bool,
+) -> list[Tensor]:
+    from fastdl.kernels import linear as kernels
+
+    if grad_output.numel() == 0:
+        return reference_backward(grad_output, input, weight, saved, kind, parameter, bias)
+    grad, saved = _rows(grad_output), None if saved is None else _rows(saved)
+    gradients = []
+    if weight is not None:
+        grad_input = grad_output.new_empty((*grad_output.shape[:-1], weight.shape[1]))
+        if grad_input.numel():
+            kernels.linear_input_gradient(
+                grad, saved, weight, _rows(grad_input), kind, parameter, allow_tf32=_allow_tf32()
+            )
+        gradients.append(grad_input)
+    if input is None and not bias:
+        return gradients
+    x = None if input is None else _rows(input)
+    grad_weight = None if x is None else grad.new_empty((grad.shape[1], x.shape[1]))
+    grad_bias = grad.new_empty(grad.shape[1]) if bias else None
+    some = grad_weight is not None and grad_weight.numel() > 0
+    if some or bias:
+        x, out = (x, grad_weight) if some else (None, None)
+        kernels.linear_weight_gradient(grad, saved, x, out, grad_bias, kind, parameter, allow_tf32=_allow_tf32())
+    gradients.extend(g for g in (grad_weight, grad_bias) if g is not None)
+    return gradients
+
+
+# ---------------------------------------------------------------------------------------------------------- autograd
+
+
+class LinearFunction(torch.autograd.Function):
+    """Autograd of the fused linear layer.
+
+    Saves input and weight as far as a gradient needs them, and the output or the pre-activation, whichever the
+    activation's gradient is made of. The pre-activation is an output of the Function, so that double backward flows
+    through it like through any other.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        kind: int,
+        parameter: float,
+        requested: str,
+        selection: Any,
+    ) -> Any:
+        needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        ctx.set_materialize_grads(False)
+        ctx.arguments = kind, parameter, requested, needs_bias
+        x, w = input if needs_weight else None, weight if needs_input else None
+        if activations.saves(kind, parameter) == "preactivation":
+            output, z = LINEAR_WITH_PREACTIVATION(requested, input, weight, bias, kind, parameter, selection=selection)
+            ctx.save_for_backward(x, w, z)
+            return output, z
+        output = LINEAR(requested, input, weight, bias, kind, parameter, selection=selection)
+        ctx.save_for_backward(x, w, output if kind else None)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor | None, grad_preactivation: Tensor | None = None) -> Any:
+        kind, parameter, requested, needs_bias = ctx.arguments
+        input, weight, saved = ctx.saved_tensors
+        double = grad_preactivation is not None or torch.is_grad_enabled()
+        if grad_output is None:
+            if grad_preactivation is None:
+                return (None,) * 7
+            grad_output = torch.zeros_like(grad_preactivation)
+        if double and not torch.compiler.is_compiling():
+            gradients = reference_backward(
+                grad_output, input, weight, saved, kind, parameter, needs_bias, grad_preactivation
+            )
+        else:
+            gradients = LINEAR_BACKWARD(requested, grad_output, input, weight, saved, kind, parameter, needs_bias)
+        rest = iter(gradients)
+        needed = (weight is not None, input is not None, needs_bias)
+        return *(next(rest) if need else None for need in needed), None, None, None, None
