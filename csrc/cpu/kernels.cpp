@@ -1,0 +1,9 @@
+// The table of this instruction set's build.
+#include "families.h"
+
+#define STRING_OF(x) #x
+#define STRING(x) STRING_OF(x)
+
+namespace fastdl::ISA {
+extern const Kernels kernels = {STRING(ISA), linear, activation_forward, activation_backward};
+}

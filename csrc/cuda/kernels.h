@@ -1,0 +1,53 @@
+// Host functions of the CUDA kernels. They launch on the caller's stream and return at once.
+//
+// dtype: 0 float32, 1 bfloat16, 2 float16, 3 float64. kind: the activation, 0 none, 1 relu, 2 leaky_relu, 3 elu, 4
+// sigmoid, 5 tanh, 6 gelu, 7 gelu by tanh, 8 silu; parameter: leaky_relu's slope, elu's alpha. Arithmetic is in float32
+// (float64 for float64). saved: what the gradient needs, the output y, or the preactivation z for gelu and silu; null
+// for none. Bad codes, sizes and pointers throw std::invalid_argument, failed launches std::runtime_error.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+typedef struct CUstream_st* cudaStream_t;
+
+namespace fastdl::cuda {
+
+// output = activation(input). output may be input.
+void activation(int dtype,
+                const void* input,  // [count]
+                void* output,       // [count]
+                int64_t count, int kind, double parameter, cudaStream_t stream);
+
+// grad_input = grad_output * activation'(saved). grad_input may be grad_output.
+void activation_backward(int dtype,
+                         const void* grad_output,  // [count]
+                         const void* saved,        // [count]
+                         void* grad_input,         // [count]
+                         int64_t count, int kind, double parameter, cudaStream_t stream);
+
+// z = input + bias; output = activation(z). Each of output and preactivation may be input.
+void bias_activation(int dtype,
+                     const void* input,    // [rows, columns]
+                     const void* bias,     // [columns] or null: 0
+                     void* output,         // [rows, columns]
+                     void* preactivation,  // [rows, columns], z, or null
+                     int64_t rows, int64_t columns, int kind, double parameter, cudaStream_t stream);
+
+// dz = grad_output * activation'(saved); grad_bias = column sums of the unrounded dz, the same in every run.
+void bias_activation_backward(int dtype,
+                              const void* grad_output,   // [rows, columns]
+                              const void* saved,         // [rows, columns]
+                              void* grad_preactivation,  // [rows, columns], dz, or null; may be grad_output
+                              void* grad_bias,           // [columns] or null
+                              int64_t rows, int64_t columns, int kind, double parameter,
+                              void* workspace,  // as many bytes as the next function says, 16-byte aligned
+                              cudaStream_t stream);
+size_t bias_activation_backward_workspace(int64_t rows, int64_t columns);
+
+std::vector<std::string> targets();  // architectures with machine code in this build
+std::string version();               // of the CUDA toolkit that built it
+int device_count();                  // 0 where there is no driver
+
+}  // namespace fastdl::cuda
