@@ -1,0 +1,1 @@
+"""Triton kernels, one file a family, each with its launchers and block sizes; this import does not import Triton."""
