@@ -1,0 +1,1 @@
+"""The benchmark: proves each kernel right, then times it beside torch; installed as ``fastdl.bench``."""
