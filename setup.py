@@ -6,6 +6,7 @@ them out. Without a compiler the package works too; what was left out is told lo
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shlex
@@ -55,6 +56,19 @@ def cuda_version(nvcc: Path) -> str:
     """Such as "13.0"."""
     text = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
     return text.partition("release ")[2].partition(",")[0] or "unknown"
+
+
+def pybind11_include() -> str:
+    """pybind11's headers: its own package's or, where that is missing (an offline machine), torch's copy."""
+    if importlib.util.find_spec("pybind11") is not None:
+        import pybind11
+
+        return str(pybind11.get_include())
+    torch = importlib.util.find_spec("torch")  # found, not imported
+    for folder in torch.submodule_search_locations or () if torch else ():
+        if (include := Path(folder) / "include").joinpath("pybind11").is_dir():
+            return str(include)
+    raise Refusal("pybind11's headers are missing: pip install pybind11")
 
 
 class Refusal(SystemExit):
@@ -140,9 +154,7 @@ class Build(build_ext):
         return [*jobs, self._bindings_job(compiler, "csrc/cuda/bindings.cpp", nvcc, {})]
 
     def _bindings_job(self, compiler: list[str], source: str, nvcc: Path | None, isas: dict[str, list[str]]) -> tuple:
-        import pybind11
-
-        include = [pybind11.get_include(), sysconfig.get_path("include")]
+        include = [pybind11_include(), sysconfig.get_path("include")]
         defines = ["-DFASTDL_CPU", *[f"-DFASTDL_ISA_{isa.upper()}" for isa in isas]]
         if nvcc:
             defines.append("-DFASTDL_CUDA")

@@ -45,7 +45,7 @@ class Call(NamedTuple):
     reason: str
     shapes: tuple[tuple[int, ...], ...]
     dtype: torch.dtype
-    shape_class: tuple[str, tuple[int, ...]]  # by which speed records are compared
+    shape_class: tuple[str, tuple[int, ...]] | None  # by which speed records are compared
     layer: str | None = None
 
     def __str__(self) -> str:
@@ -86,7 +86,8 @@ class Op:
         reference: the same function by torch's operators (the ``torch`` backend); takes all arguments but ``backend``.
         tensors: how many of the leading arguments are tensors.
         multiple: how many times torch's own error a kernel may have (see :mod:`fastdl.accuracy`).
-        shape_class: the label and the sizes that speed records are compared by, from the arguments.
+        shape_class: the label and the sizes that speed records are compared by, from the arguments; None for a
+            backward, which follows its forward's decision.
         check: raises, naming the argument, if the arguments are wrong.
     """
 
@@ -98,7 +99,7 @@ class Op:
         reference: Callable[..., Any],
         tensors: int,
         multiple: float,
-        shape_class: Callable[..., tuple[str, tuple[int, ...]]],
+        shape_class: Callable[..., tuple[str, tuple[int, ...]]] | None = None,
         check: Callable[..., None] | None = None,
     ) -> None:
         self.name = schema.partition("(")[0]
@@ -129,7 +130,7 @@ class Op:
     def __call__(self, requested: str, *arguments: Any, selection: Selection | None = None) -> Any:
         """Runs the op on the requested backend, or on one that :meth:`select` gave for these arguments."""
         # The dispatcher costs microseconds and is needed only where somebody watches it.
-        if torch.compiler.is_compiling() or _watched():
+        if (selection is None and torch.compiler.is_compiling()) or _watched():
             return self._overload(*arguments, requested)
         return self._run(selection or self.select(requested, arguments), arguments)
 
@@ -164,15 +165,8 @@ class Op:
         """Adds a call to every open trace."""
         tensors = [a for a in arguments[: self.tensors] if a is not None]
         shapes = tuple(tuple(tensor.shape) for tensor in tensors)
-        call = Call(
-            self.name,
-            selection.backend,
-            selection.reason,
-            shapes,
-            tensors[0].dtype,
-            self.shape_class(*arguments),
-            state.layer,
-        )
+        shape_class = None if self.shape_class is None else self.shape_class(*arguments)
+        call = Call(self.name, selection.backend, selection.reason, shapes, tensors[0].dtype, shape_class, state.layer)
         for calls in state.traces:
             calls.append(call)
 
@@ -250,7 +244,7 @@ def _watched() -> bool:
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
-def is_plain(*tensors: Tensor | None) -> bool:
+def is_plain(compiling: bool, *tensors: Tensor | None) -> bool:
     """Whether these are ordinary tensors outside torch.func; all else takes the reference, in this one place.
 
     Tensor subclasses (DTensor, ...), sparse layouts, vmap, grad and jvp of torch.func, forward-mode duals: torch's own
@@ -259,9 +253,7 @@ def is_plain(*tensors: Tensor | None) -> bool:
     for tensor in tensors:
         if tensor is not None and (type(tensor) not in _PLAIN or tensor.layout is not torch.strided):
             return False
-    if torch.compiler.is_compiling():
-        return True
-    return not (
+    return compiling or not (
         torch._C._are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0
         or (torch._C._is_torch_function_mode_enabled() and _foreign_function_mode())

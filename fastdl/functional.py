@@ -42,7 +42,8 @@ def linear(
     """
     kind, parameter = activations.resolve(activation)
     requested = state.requested
-    if not is_plain(input, weight, bias):
+    compiling = torch.compiler.is_compiling()
+    if not is_plain(compiling, input, weight, bias):
         return _reference(_linear.LINEAR, requested, input, weight, bias, kind, parameter)  # type: ignore[no-any-return]
     if input.device.type in AUTO_ORDER and torch.is_autocast_enabled(input.device.type):
         input, weight, bias = _autocast(input, weight, bias)
@@ -51,7 +52,7 @@ def linear(
     )
     two_outputs = training and activations.saves(kind, parameter) == "preactivation"
     op = _linear.LINEAR_WITH_PREACTIVATION if two_outputs else _linear.LINEAR
-    selection = _select(op, requested, training, input, weight, bias, kind, parameter)
+    selection = _select(op, requested, training, compiling, input, weight, bias, kind, parameter)
     if selection is not None and selection.backend == "torch":
         return _linear.reference(input, weight, bias, kind, parameter)
     if not training:
@@ -111,10 +112,11 @@ def _activation(name: str, input: Tensor, kind: int, parameter: float, inplace: 
         if requested not in ("auto", "torch"):
             raise UnsupportedError(f"fastdl.{name}: inplace is True, allowed on backend {requested!r}: False")
         return _IN_PLACE[name](input, parameter)
-    if not is_plain(input):
+    compiling = torch.compiler.is_compiling()
+    if not is_plain(compiling, input):
         return _reference(ACTIVATION, requested, input, kind, parameter)  # type: ignore[no-any-return]
     training = torch.is_grad_enabled() and input.requires_grad
-    selection = _select(ACTIVATION, requested, training, input, kind, parameter)
+    selection = _select(ACTIVATION, requested, training, compiling, input, kind, parameter)
     if selection is not None and selection.backend == "torch":
         return activations.reference(input, kind, parameter)
     if not training:
@@ -147,9 +149,9 @@ def _reference(op: Op, requested: str, *arguments: Any) -> Any:
     return op.reference(*arguments)
 
 
-def _select(op: Op, requested: str, training: bool, *arguments: Any) -> Selection | None:
+def _select(op: Op, requested: str, training: bool, compiling: bool, *arguments: Any) -> Selection | None:
     """The backend of a call, after the check of its arguments; None while compiling: the op will choose at run time."""
-    if torch.compiler.is_compiling():
+    if compiling:
         if op.check is not None:
             op.check(*arguments)
         return _TORCH if requested == "torch" else None

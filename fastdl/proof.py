@@ -40,6 +40,10 @@ class Verdict(NamedTuple):
     lasting: bool = True
 
 
+# Backends that auto takes only where their speed is on record: what torch's libraries reach on a CPU differs between
+# processors by more than a kernel is worth. On a GPU a proven kernel is taken unless a record shows it slower.
+SPEED_ON_RECORD_ONLY = frozenset({"cpu"})
+
 _proving = True
 _verdicts: dict[str, str] | None = None  # of this machine, key -> "passed" or what went wrong
 
@@ -92,6 +96,8 @@ def verdict(op: Op, backend: str, arguments: Sequence[Any], training: bool) -> V
 def _fast_enough(
     op: Op, backend: str, dtype: str, path: str, arguments: Sequence[Any], training: bool, reason: str
 ) -> Verdict:
+    if op.shape_class is None:
+        return Verdict(True, False, reason)  # a backward: its forward has decided for both
     label, sizes = op.shape_class(*arguments)
     key = (op.name, backend, dtype, path)
     points: dict[tuple[int, ...], float] = {}
@@ -99,6 +105,8 @@ def _fast_enough(
         speed = source.get(key, {}).get("speed", {})
         measured = speed.get("training" if training else "inference", {}).get(label, [])
         points.update({tuple(shape): ratio for *shape, ratio in measured if len(shape) == len(sizes)})
+    if not points and backend in SPEED_ON_RECORD_ONLY:
+        return Verdict(False, False, f"its speed on {path} is not on record: run `fastdl tune`")
     if not points:
         return Verdict(True, False, reason)
     nearest, ratio = min(points.items(), key=lambda point: _distance(point[0], sizes))

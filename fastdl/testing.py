@@ -11,8 +11,8 @@ import sys
 def interpret_triton() -> None:
     """Lets Triton kernels run on CPU tensors, in the interpreter; call it before Triton is imported.
 
-    The interpreter computes with NumPy, which has no bfloat16: ``tl.dot`` would multiply bit patterns. So operands are
-    widened to float32, which is exact, before the interpreter's dot.
+    The interpreter computes with NumPy, which has no bfloat16: ``tl.dot`` would multiply bit patterns and a cast would
+    truncate. So operands are widened to float32, which is exact, and casts round to nearest even as on a GPU.
     """
     if "triton" in sys.modules and not sys.modules["triton"].knobs.runtime.interpret:
         raise RuntimeError("interpret_triton must be called before Triton is imported")
@@ -23,20 +23,26 @@ def interpret_triton() -> None:
 
 @functools.cache
 def fix_interpreter() -> None:
-    """Makes the interpreter's ``tl.dot`` right for bfloat16."""
+    """Makes the interpreter's ``tl.dot`` and its rounding right for bfloat16."""
     import numpy
+    import torch
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-    create_dot = InterpreterBuilder.create_dot
+    create_dot, cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
 
-    def widen(handle: TensorHandle) -> TensorHandle:
-        if handle.dtype != tl.bfloat16:
+    def widen(handle):  # type: ignore[no-untyped-def]
+        if handle.dtype.scalar != tl.bfloat16:
             return handle
-        bits = handle.data.view(numpy.uint16).astype(numpy.uint32) << 16
-        return TensorHandle(bits.view(numpy.float32), tl.float32)
+        return TensorHandle((handle.data.astype(numpy.uint32) << 16).view(numpy.float32), tl.float32)
 
-    def create_wide_dot(self, a, b, *arguments):  # type: ignore[no-untyped-def]
-        return create_dot(self, widen(a), widen(b), *arguments)
+    def create_wide_dot(self, a, b, d, *options):  # type: ignore[no-untyped-def]
+        return create_dot(self, widen(a), widen(b), d, *options)
 
-    InterpreterBuilder.create_dot = create_wide_dot
+    def cast_to_nearest(self, source, dtype):  # type: ignore[no-untyped-def]
+        if source.dtype.scalar != tl.float32 or dtype.scalar != tl.bfloat16:
+            return cast(self, source, dtype)
+        wide = torch.from_numpy(numpy.ascontiguousarray(source.data))
+        return TensorHandle(wide.bfloat16().view(torch.uint16).numpy(), tl.bfloat16)
+
+    InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl = create_wide_dot, cast_to_nearest

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
 import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,8 +19,21 @@ import fastdl
 from fastdl import dispatch
 from fastdl.testing import interpret_triton
 
+HERE = Path(__file__).parent
+
+
+def load_emulator() -> None:
+    """Lets the CUDA kernels run on CPU tensors, where there is no GPU."""
+    specification = importlib.util.spec_from_file_location("build", HERE / "emulator" / "build.py")
+    sys.modules["build"] = build = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(build)
+    if build.why_unavailable() is None:
+        dispatch.state.emulator = build.load()
+
+
 if not torch.cuda.is_available():
     interpret_triton()
+    load_emulator()
 
 
 @pytest.fixture(autouse=True)

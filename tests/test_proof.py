@@ -25,7 +25,8 @@ pytestmark = pytest.mark.parametrize("backend", backends("cpu"))
 
 @pytest.fixture(autouse=True)
 def blank(monkeypatch, tmp_path):
-    """No records, no verdicts: a machine that fastdl has never seen."""
+    """No records, no verdicts: a machine that fastdl has never seen; its CPU is treated as a GPU would be."""
+    monkeypatch.setattr(proof, "SPEED_ON_RECORD_ONLY", frozenset())
     monkeypatch.setenv("FASTDL_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(proof, "_verdicts", None)
     monkeypatch.setattr(proof, "records", dict)
@@ -203,10 +204,19 @@ import torch, fastdl
 from fastdl import proof
 proof.records = dict
 proof.tuned = dict
+proof.SPEED_ON_RECORD_ONLY = frozenset()
 with fastdl.trace() as calls:
     fastdl.functional.linear(torch.randn(16, 24), torch.randn(40, 24))
 print(calls[0])
 """
+
+
+def test_a_cpu_kernel_without_a_speed_on_record_is_not_taken(backend, monkeypatch):
+    monkeypatch.setattr(proof, "SPEED_ON_RECORD_ONLY", frozenset({"cpu"}))
+    record(monkeypatch)
+    assert "fastdl tune" in traced(*operands())[1].reason
+    record(monkeypatch, speed={"inference": {"plain": [[16, 24, 40, 1.3]]}})
+    assert traced(*operands())[1].backend == "cpu"
 
 
 def test_a_second_real_process_does_not_compare_again(backend):

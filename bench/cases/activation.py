@@ -11,9 +11,8 @@ from torch import Tensor
 
 from . import FORWARD, TRAINING, Case, normal
 
-TIMED = ("relu", "gelu", "silu")
 ALL = ("relu", "leaky_relu", "elu", "sigmoid", "tanh", "gelu", "silu")
-SHAPE = (4096, 4096)
+LARGE, SMALL = (4096, 4096), (256, 256)
 RAGGED = [(7, 131), (1023,)]
 FLOAT, BFLOAT, HALF = torch.float32, torch.bfloat16, torch.float16
 
@@ -27,11 +26,13 @@ QUICK = {
 
 
 def timed(device: str) -> Iterator[Case]:
-    """Each activation on a large tensor."""
-    for name in TIMED:
-        for dtype in (FLOAT, BFLOAT, *([HALF] if device == "cuda" else [])):
-            for direction in (FORWARD, TRAINING):
-                yield _case(name, SHAPE, dtype, direction, (name, dtype, direction) in QUICK)
+    """Each activation on a large tensor and on one that fits in a cache."""
+    for shape in (LARGE, SMALL):
+        for name in ALL:
+            for dtype in (FLOAT, BFLOAT, *([HALF] if device == "cuda" else [])):
+                for direction in (FORWARD, TRAINING):
+                    quick = shape == LARGE and (name, dtype, direction) in QUICK
+                    yield _case(name, shape, dtype, direction, quick)
 
 
 def checks() -> Iterator[Case]:

@@ -6,22 +6,25 @@
 
 namespace fastdl::ISA {
 
-// A finished piece of C: element (row + i, column + j) at values[i * stride + j]
+// A finished piece of C, in blocks of block_columns columns that lie one after the other: element (row + i, column + j)
+// at values[j / block_columns * block_size + i * block_columns + j % block_columns]
 template <class Sum>
 struct Tile {
   int64_t row, column, rows, columns;
   const Sum* values;
-  int64_t stride;
+  int64_t block_columns, block_size;
 
   // f(row, column, n, vector) for each vector of n lanes, most often a full one
   template <class F>
   INLINE void for_each_vector(F f) const {
     constexpr int width = lanes<Sum>;
-    for (int64_t i = 0; i < rows; i++) {
-      int64_t j = 0;
-      for (; j + width <= columns; j += width) f(row + i, column + j, width, load(values + i * stride + j));
-      if (j < columns) f(row + i, column + j, columns - j, load(values + i * stride + j, columns - j));
-    }
+    for (int64_t i = 0; i < rows; i++)
+      for (int64_t first = 0; first < columns; first += block_columns) {
+        const Sum* from = values + first / block_columns * block_size + i * block_columns - first;
+        int64_t j = first, end = min(columns, first + block_columns);
+        for (; j + width <= end; j += width) f(row + i, column + j, width, load(from + j));
+        if (j < end) f(row + i, column + j, end - j, load(from + j, end - j));
+      }
   }
 };
 
@@ -40,9 +43,10 @@ struct Epilogue {
 // What a thread keeps at hand: a block of private panels in half the second-level cache (1 to 2 MiB), and all shared
 // panels of one chunk of k in the third.
 constexpr int64_t private_bytes = 384 << 10;
-constexpr int64_t chunk_bytes = 4096;  // of a row of k
-constexpr int64_t pack_step = 128;     // rows of k packed at a time where they are not contiguous
-constexpr int64_t run_length = 256;    // words of k summed in registers
+constexpr int64_t chunk_bytes = 4096;      // of a row of k
+constexpr int64_t pack_step = 128;         // rows of k packed at a time where they are not contiguous
+constexpr int64_t run_length = 256;        // words of k summed in registers
+constexpr int64_t strip_bytes = 16 << 10;  // of C, finished together in the first-level cache
 constexpr int64_t max_slice_rows = 2048, max_slice_columns = 4096;  // bound the scratch memory
 
 // Tiles of C for one team; every thread of the team calls it with the same arguments. The operand with fewer rows is
@@ -52,6 +56,9 @@ struct TeamGemm {
   using C = Core<T>;
   using Word = typename C::Word;
   using Sum = typename C::Sum;
+
+  static constexpr int64_t tile_size = C::max_rows * C::columns;
+  static constexpr int64_t strip_tiles = strip_bytes / (tile_size * sizeof(Sum));
 
   Operand<T> a, b;
   int64_t k;
@@ -139,26 +146,44 @@ struct TeamGemm {
       else
         pack_a(own, first, last, from, depth);
     }
-    auto tile = [&](int64_t panel, int64_t other) {
-      const Word *mine = own + (panel - first) * size, *theirs = shared + other * other_size;
-      if (a_is_shared)
-        run_tile(other, panel, theirs, mine, from, depth);
-      else
-        run_tile(panel, other, mine, theirs, from, depth);
-    };
-    // small shared panels stay in the second-level cache: then go along C's rows; else use each as often as possible
-    if ((other_last - other_first) * other_size * static_cast<int64_t>(sizeof(Word)) <= private_bytes) {
-      for (int64_t panel = first; panel < last; panel++)
-        for (int64_t other = other_first; other < other_last; other++) tile(panel, other);
-    } else {
-      for (int64_t other = other_first; other < other_last; other++)
-        for (int64_t panel = first; panel < last; panel++) tile(panel, other);
+    // the panels of A and B in reach of this task
+    int64_t i_first = a_is_shared ? other_first : first, i_last = a_is_shared ? other_last : last;
+    int64_t j_first = a_is_shared ? first : other_first, j_last = a_is_shared ? last : other_last;
+    int64_t a_step = a_size(depth), b_step = b_size(depth);
+    auto a_at = [&](int64_t i) { return a_is_shared ? shared + i * a_step : own + (i - first) * a_step; };
+    auto b_at = [&](int64_t j) { return a_is_shared ? own + (j - first) * b_step : shared + j * b_step; };
+    if (!sums && (other_last - other_first) * other_size * static_cast<int64_t>(sizeof(Word)) <= private_bytes) {
+      // All panels lie in the second-level cache: go along C's rows, so that the epilogue writes long pieces of them.
+      for (int64_t i = i_first; i < i_last; i++)
+        for (int64_t j = j_first; j < j_last; j += strip_tiles)
+          run_strip(i, j, min(j + strip_tiles, j_last), a_at(i), b_at(j), b_step, depth);
+      return;
     }
+    // Use each shared panel as often as possible.
+    auto tile = [&](int64_t i, int64_t j) { run_tile(i, j, a_at(i), b_at(j), from, depth); };
+    for (int64_t other = other_first; other < other_last; other++)
+      for (int64_t panel = first; panel < last; panel++) a_is_shared ? tile(other, panel) : tile(panel, other);
+  }
+
+  // Tiles (i, j_first) .. (i, j_last) of a C that is complete after this chunk.
+  void run_strip(int64_t i, int64_t j_first, int64_t j_last, const Word* a_panel, const Word* b_panel, int64_t b_step,
+                 int64_t depth) {
+    alignas(64) Sum strip[strip_tiles * tile_size];
+    for (int64_t j = 0; j < j_last - j_first; j++)
+      multiply(i, j_first + j, a_panel, b_panel + j * b_step, strip + j * tile_size, 0, depth);
+    int64_t columns = min((j_last - j_first) * C::columns, b.count - j_first * C::columns);
+    epilogue(Tile<Sum>{i * height, j_first * C::columns, a_rows(i), columns, strip, C::columns, tile_size});
   }
 
   void run_tile(int64_t i, int64_t j, const Word* a_panel, const Word* b_panel, int64_t from, int64_t depth) {
-    alignas(64) Sum small[C::max_rows * C::columns];  // stays in the first-level cache
+    alignas(64) Sum small[tile_size];
     Sum* c = sums ? sums + (i * b_panels + j) * height * C::columns : small;
+    multiply(i, j, a_panel, b_panel, c, from, depth);
+    int64_t columns = min(C::columns, b.count - j * C::columns);
+    if (from + depth >= k) epilogue(Tile<Sum>{i * height, j * C::columns, a_rows(i), columns, c, C::columns, 0});
+  }
+
+  void multiply(int64_t i, int64_t j, const Word* a_panel, const Word* b_panel, Sum* c, int64_t from, int64_t depth) {
     int rows = a_rows(i);
     int64_t columns = min(C::columns, b.count - j * C::columns);
     constexpr int64_t run = run_length * C::depth;
@@ -168,7 +193,6 @@ struct TeamGemm {
                   c, from + i0 > 0, rows, columns);
       i0 += run;
     } while (i0 < depth);
-    if (from + depth >= k) epilogue(Tile<Sum>{i * height, j * C::columns, rows, columns, c, C::columns});
   }
 };
 
@@ -196,7 +220,7 @@ void gemm_split_k(Operand<T> a, Operand<T> b, int64_t k, int64_t splits, Epilogu
         for (int64_t split = 1; split < splits; split++) total += load(c + split * m * n, n - j);
         store(c, total, n - j);
       }
-      epilogue(Tile<Sum>{i, 0, 1, n, sums + i * n, n});
+      epilogue(Tile<Sum>{i, 0, 1, n, sums + i * n, n, 0});
     });
   });
 }
@@ -214,7 +238,9 @@ void gemm(Operand<T> a, Operand<T> b, int64_t k, int threads, Epilogue<typename 
         a_slice.count = min(a_slice.count, max_slice_rows);
         b_slice.count = min(b_slice.count, max_slice_columns);
         gemm(a_slice, b_slice, k, threads, Epilogue<Sum>([=](const Tile<Sum>& tile) {
-               epilogue({i + tile.row, j + tile.column, tile.rows, tile.columns, tile.values, tile.stride});
+               Tile<Sum> moved = tile;
+               moved.row += i, moved.column += j;
+               epilogue(moved);
              }));
       }
     return;

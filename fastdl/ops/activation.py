@@ -24,8 +24,8 @@ def _limit(first: Tensor, *arguments: Any) -> str | None:
     return activations.limit(*arguments[-2:])
 
 
-def _shape_class(first: Tensor, *arguments: Any) -> tuple[str, tuple[int, ...]]:
-    return activations.kind_name(arguments[-2]), (first.numel(),)
+def _shape_class(input: Tensor, kind: int, parameter: float) -> tuple[str, tuple[int, ...]]:
+    return activations.kind_name(kind), (input.numel(),)
 
 
 ACTIVATION = Op(
@@ -43,7 +43,6 @@ ACTIVATION_BACKWARD = Op(
     reference=activations.reference_gradient,
     tensors=2,
     multiple=accuracy.MULTIPLE,
-    shape_class=_shape_class,
 )
 
 

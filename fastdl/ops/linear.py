@@ -12,6 +12,7 @@ from torch import Tensor
 from fastdl import accuracy, activations
 from fastdl.dispatch import Op, Support
 from fastdl.ops import _native
+from fastdl.ops.activation import ACTIVATION_BACKWARD
 
 
 def reference(input: Tensor, weight: Tensor, bias: Tensor | None, kind: int, parameter: float) -> Tensor:
@@ -98,12 +99,6 @@ def _shape_class(input: Tensor, weight: Tensor, bias: Tensor | None, kind: int, 
     return "fused" if kind else "plain", (math.prod(input.shape[:-1]), input.shape[-1], weight.shape[0])
 
 
-def _backward_shape_class(grad_output: Tensor, input: Any, weight: Any, saved: Any, kind: int, *_: Any) -> Any:
-    columns = grad_output.shape[-1]
-    inner = weight.shape[1] if weight is not None else input.shape[-1] if input is not None else 1
-    return "fused" if kind else "plain", (math.prod(grad_output.shape[:-1]), inner, columns)
-
-
 def _fake(input: Tensor, weight: Tensor, *_: Any) -> Tensor:
     return input.new_empty((*input.shape[:-1], weight.shape[0]))
 
@@ -154,7 +149,6 @@ LINEAR_BACKWARD = Op(
     reference=reference_backward,
     tensors=4,
     multiple=accuracy.MULTIPLE_LONG_REDUCTION,
-    shape_class=_backward_shape_class,
 )
 
 
@@ -180,21 +174,29 @@ def _operand(matrix: Tensor) -> tuple[Tensor, int, int]:
 
 def _product(x: Tensor, w: Tensor, bias: Tensor | None, backend: str) -> Tensor:
     """x @ w.T + bias by the library, where that is at the machine's limit; x (M, K), w (N, K), any strides."""
-    if backend == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and torch.backends.mkldnn.is_available():
-        # oneDNN runs at the limit on every x86 processor; MKL, behind addmm, only on some.
+    if backend == "cpu" and _onednn_is_better(x.shape[0], w.shape[0], x.shape[1], x.dtype):
         output: Tensor = torch.ops.mkldnn._linear_pointwise(x, w, bias, "none", [], "")
         return output
     return torch.mm(x, w.t()) if bias is None else torch.addmm(bias, x, w.t())
 
 
-def _packed_is_better(m: int, n: int, k: int, dtype: torch.dtype) -> bool:
+def _onednn_is_better(m: int, n: int, k: int, dtype: torch.dtype) -> bool:
+    """Whether to call oneDNN itself: for float32 addmm takes MKL, which on some processors runs at half rate."""
+    # A call costs 10 us more than addmm's, and a vector is bound by memory in both.
+    large = m > 1 and m * n * k >= 1 << 20
+    return large and dtype == torch.float32 and torch.backends.mkldnn.is_available()
+
+
+def _packed_is_better(m: int, n: int, k: int, dtype: torch.dtype, fused: bool) -> bool:
     """Whether the package's own packed GEMM beats the library on the CPU, for (M, K) x (K, N)."""
-    if dtype in (torch.float16, torch.float64):
-        return m > 1 or dtype == torch.float64
-    if dtype == torch.float32:
-        # A vector times a matrix is bound by reading the matrix: packing it first reads it twice.
-        return m > 1 and not (m * n <= 1 << 12 and k >= 4096)
-    return m > 64 or m * n * k <= 1 << 22
+    if dtype == torch.float64:
+        return True
+    # A vector times a matrix is bound by reading the matrix: packing it first reads it twice.
+    if m == 1:
+        return False
+    # The same for a few rows, and for a short sum: packing costs as much as multiplying, unless a fused epilogue pays.
+    few = 64 if dtype == torch.bfloat16 else 32
+    return fused or dtype == torch.float16 or min(m, k) > few or m * n * k <= 1 << 21
 
 
 def _gemm_cpu(
@@ -242,20 +244,22 @@ def _native_forward(
         empty = input.new_empty(shape)
         return empty, input.new_empty(shape) if preactivation else None
     z = None
-    if backend == "cpu" and _packed_is_better(m, n, k, x.dtype):
+    if backend == "cpu" and _packed_is_better(m, n, k, x.dtype, fused=True):
         z = _native.empty((m, n), x) if preactivation else None
         y = _gemm_cpu(x, weight, bias, kind, parameter, z)
     else:
-        y = _product(x, weight, bias if kind == 0 else None, backend)
+        # In 16 bits the product would be rounded before a bias added later: then the library adds it.
+        later = None if kind == 0 or x.dtype.itemsize == 2 else bias
+        y = _product(x, weight, bias if later is None else None, backend)
         if kind:
             z = y if preactivation else None
             y = torch.empty_like(y) if preactivation else y
             _native.kernels(backend).bias_activation(
                 _native.DTYPE_CODES[x.dtype],
                 y.data_ptr() if z is None else z.data_ptr(),
-                _native.address(bias),
+                _native.address(later),
                 y.data_ptr(),
-                _native.address(z) if bias is not None else 0,
+                _native.address(z) if later is not None else 0,
                 m,
                 n,
                 kind,
@@ -316,7 +320,7 @@ def _native_backward(
 def _native_matmul(backend: str, x: Tensor, w: Tensor) -> Tensor:
     """x @ w.T for a gradient; x (M, K), w (N, K), any strides."""
     (m, k), n = x.shape, w.shape[0]
-    if backend == "cpu" and m * n and _packed_is_better(m, n, k, x.dtype):
+    if backend == "cpu" and m * n and _packed_is_better(m, n, k, x.dtype, fused=False):
         return _gemm_cpu(x, w, None)
     return _product(x, w, None, backend)
 
@@ -394,6 +398,9 @@ def _linear_backward_triton(
     if grad_output.numel() == 0:
         return reference_backward(grad_output, input, weight, saved, kind, parameter, bias)
     grad, saved = _rows(grad_output), None if saved is None else _rows(saved)
+    if saved is not None and not kernels.fuses_gradient(*grad.shape, grad.element_size()):
+        grad = ACTIVATION_BACKWARD.implementations["triton"](grad, saved, kind, parameter)
+        kind, saved = 0, None
     gradients = []
     if weight is not None:
         grad_input = grad_output.new_empty((*grad_output.shape[:-1], weight.shape[1]))
