@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 import tempfile
@@ -19,14 +18,11 @@ import fastdl
 from fastdl import dispatch
 from fastdl.testing import interpret_triton
 
-HERE = Path(__file__).parent
-
-
 def load_emulator() -> None:
     """Lets the CUDA kernels run on CPU tensors, where there is no GPU."""
-    specification = importlib.util.spec_from_file_location("build", HERE / "emulator" / "build.py")
-    sys.modules["build"] = build = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(build)
+    sys.path.insert(0, str(Path(__file__).parent / "emulator"))
+    import build
+
     if build.why_unavailable() is None:
         dispatch.state.emulator = build.load()
 

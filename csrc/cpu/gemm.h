@@ -18,13 +18,14 @@ struct Tile {
   template <class F>
   INLINE void for_each_vector(F f) const {
     constexpr int width = lanes<Sum>;
-    for (int64_t i = 0; i < rows; i++)
-      for (int64_t first = 0; first < columns; first += block_columns) {
-        const Sum* from = values + first / block_columns * block_size + i * block_columns - first;
-        int64_t j = first, end = min(columns, first + block_columns);
-        for (; j + width <= end; j += width) f(row + i, column + j, width, load(from + j));
-        if (j < end) f(row + i, column + j, end - j, load(from + j, end - j));
+    for (int64_t i = 0; i < rows; i++) {
+      const Sum* from = values + i * block_columns;
+      for (int64_t first = 0; first < columns; first += block_columns, from += block_size) {
+        int64_t j = 0, end = min(columns - first, block_columns);
+        for (; j + width <= end; j += width) f(row + i, column + first + j, width, load(from + j));
+        if (j < end) f(row + i, column + first + j, end - j, load(from + j, end - j));
       }
+    }
   }
 };
 
@@ -153,10 +154,18 @@ struct TeamGemm {
     auto a_at = [&](int64_t i) { return a_is_shared ? shared + i * a_step : own + (i - first) * a_step; };
     auto b_at = [&](int64_t j) { return a_is_shared ? own + (j - first) * b_step : shared + j * b_step; };
     if (!sums && (other_last - other_first) * other_size * static_cast<int64_t>(sizeof(Word)) <= private_bytes) {
-      // All panels lie in the second-level cache: go along C's rows, so that the epilogue writes long pieces of them.
-      for (int64_t i = i_first; i < i_last; i++)
-        for (int64_t j = j_first; j < j_last; j += strip_tiles)
-          run_strip(i, j, min(j + strip_tiles, j_last), a_at(i), b_at(j), b_step, depth);
+      // All panels lie in the second-level cache: the epilogue writes long pieces of C's rows.
+      int64_t fitting = strip_bytes / (b_step * static_cast<int64_t>(sizeof(Word)));
+      if (fitting >= 4) {  // short panels: B's of a strip stay in the first-level cache for all rows
+        int64_t step = min(fitting, strip_tiles);
+        for (int64_t j = j_first; j < j_last; j += step)
+          for (int64_t i = i_first; i < i_last; i++)
+            run_strip(i, j, min(j + step, j_last), a_at(i), b_at(j), b_step, depth);
+      } else {
+        for (int64_t i = i_first; i < i_last; i++)
+          for (int64_t j = j_first; j < j_last; j += strip_tiles)
+            run_strip(i, j, min(j + strip_tiles, j_last), a_at(i), b_at(j), b_step, depth);
+      }
       return;
     }
     // Use each shared panel as often as possible.
