@@ -18,6 +18,7 @@ import fastdl
 from fastdl import dispatch
 from fastdl.testing import interpret_triton
 
+
 def load_emulator() -> None:
     """Lets the CUDA kernels run on CPU tensors, where there is no GPU."""
     sys.path.insert(0, str(Path(__file__).parent / "emulator"))
