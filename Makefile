@@ -10,7 +10,7 @@ bench: $(VENV)/.ready
 	$(VENV)/bin/fastdl bench --quick
 
 test: $(VENV)/.ready lint
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n auto --dist loadfile
 
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check .
