@@ -43,9 +43,8 @@ def records(results: Results, device: torch.device) -> list[dict[str, Any]]:
     for row in results.of(BACKEND):
         if row.backend == "auto":
             continue
-        path = proof.code_path(row.backend, device)
         for position, call in enumerate(row.calls):
-            dtype = call["dtype"].removeprefix("torch.")
+            dtype, path = call["dtype"].removeprefix("torch."), call["path"]
             record = found.setdefault(
                 (call["op"], row.backend, dtype, path),
                 {"op": call["op"], "backend": row.backend, "dtype": dtype, "code_path": path}

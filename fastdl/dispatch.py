@@ -46,6 +46,7 @@ class Call(NamedTuple):
     shapes: tuple[tuple[int, ...], ...]
     dtype: torch.dtype
     shape_class: tuple[str, tuple[int, ...]] | None  # by which speed records are compared
+    code_path: str  # the machine code that ran; empty for torch's
     layer: str | None = None
 
     def __str__(self) -> str:
@@ -108,6 +109,7 @@ class Op:
         self.multiple = multiple
         self.shape_class = shape_class
         self.check = check
+        self.variant: Callable[..., str] | None = None  # what of the code path depends on the arguments
         self.support: dict[str, Support] = {}
         self.implementations: dict[str, Callable[..., Any]] = {"torch": reference}
         self._selections: dict[Any, Selection] = {}
@@ -161,12 +163,31 @@ class Op:
                 self._selections[key] = selection
         return selection
 
+    def code_path(self, backend: str, arguments: Sequence[Any]) -> str:
+        """The machine code that a call runs on a backend; empty for torch's, the interpreter's and the emulator's."""
+        from fastdl import proof
+
+        first = arguments[0]
+        if backend == "torch" or (backend != "cpu" and not first.is_cuda):
+            return ""
+        path = proof.code_path(backend, first.device)
+        return path if self.variant is None else path + self.variant(backend, *arguments)
+
     def record(self, selection: Selection, arguments: Sequence[Any]) -> None:
         """Adds a call to every open trace."""
         tensors = [a for a in arguments[: self.tensors] if a is not None]
         shapes = tuple(tuple(tensor.shape) for tensor in tensors)
         shape_class = None if self.shape_class is None else self.shape_class(*arguments)
-        call = Call(self.name, selection.backend, selection.reason, shapes, tensors[0].dtype, shape_class, state.layer)
+        call = Call(
+            op=self.name,
+            backend=selection.backend,
+            reason=selection.reason,
+            shapes=shapes,
+            dtype=tensors[0].dtype,
+            shape_class=shape_class,
+            code_path=self.code_path(selection.backend, arguments),
+            layer=state.layer,
+        )
         for calls in state.traces:
             calls.append(call)
 

@@ -72,14 +72,14 @@ def code_path(backend: str, device: torch.device) -> str:
 def verdict(op: Op, backend: str, arguments: Sequence[Any], training: bool) -> Verdict:
     """Whether auto may use a backend for a call."""
     first = arguments[0]
-    dtype, path = _name(first.dtype), code_path(backend, first.device)
+    dtype, path = _name(first.dtype), op.code_path(backend, arguments)
     record = records().get((op.name, backend, dtype, path))
     known = None
     if record is not None:
         known = "passed" if record["passed"] else f"failed in {record['source']}"
         reason = f"proven on {path} by {record['source']}"
     else:
-        known = verdicts().get(_key(op, backend, first))
+        known = verdicts().get(_key(op, backend, first, path))
         reason = f"proved itself on this device ({path})"
     if known == "passed":
         return _fast_enough(op, backend, dtype, path, arguments, training, reason)
@@ -91,6 +91,17 @@ def verdict(op: Op, backend: str, arguments: Sequence[Any], training: bool) -> V
         return Verdict(False, False, f"unproven on {path}, and a CUDA graph is being captured", lasting=False)
     reason = f"proving itself on {path}: the first call is compared with the reference"
     return Verdict(True, True, reason, lasting=False)
+
+
+def has_failed(op: Op, backend: str, tensor: Tensor, variant: str) -> bool:
+    """Whether a variant of a backend's code path is known to be wrong for this op, dtype and device."""
+    if not tensor.is_cuda:
+        return False
+    path = code_path(backend, tensor.device) + variant
+    record = records().get((op.name, backend, _name(tensor.dtype), path))
+    if record is not None:
+        return not record["passed"]
+    return verdicts().get(_key(op, backend, tensor, path), "passed") != "passed"
 
 
 def _fast_enough(
@@ -140,7 +151,7 @@ def first_call(op: Op, selection: Selection, arguments: Sequence[Any]) -> Any:
         return expected
     except Exception as error:  # whatever a broken kernel raises, the reference has served
         problem = f"it raised {type(error).__name__}: {error}"
-    key = _key(op, selection.backend, first)
+    key = _key(op, selection.backend, first, op.code_path(selection.backend, arguments))
     _remember(key, problem or "passed")
     if problem is None:
         return actual
@@ -245,10 +256,10 @@ def _remember(key: str, outcome: str) -> None:
     dispatch.forget_selections()
 
 
-def _key(op: Op, backend: str, tensor: Tensor) -> str:
+def _key(op: Op, backend: str, tensor: Tensor, path: str) -> str:
     device = torch.cuda.get_device_name(tensor.device) if tensor.is_cuda else processor()
     version = f"fastdl {__version__} torch {torch.__version__}"
-    return f"{op.name} {backend} {_name(tensor.dtype)} {code_path(backend, tensor.device)} {_slug(device)} {version}"
+    return f"{op.name} {backend} {_name(tensor.dtype)} {path} {_slug(device)} {version}"
 
 
 def _machine() -> str:

@@ -46,6 +46,55 @@ void bias_activation_backward(int dtype,
                               cudaStream_t stream);
 size_t bias_activation_backward_workspace(int64_t rows, int64_t columns);
 
+// output = activation(z), z = input @ weight^T + bias.
+void linear(int dtype,
+            const void* input,  // [M, K], any strides in elements, as all operands of matmuls
+            int64_t input_row_stride, int64_t input_column_stride,
+            const void* weight,  // [N, K]
+            int64_t weight_row_stride, int64_t weight_column_stride,
+            const void* bias,     // [N] or null: 0
+            void* output,         // [M, N]
+            void* preactivation,  // [M, N], z, or null
+            int64_t M, int64_t N, int64_t K, int kind, double parameter,
+            bool allow_tf32,  // for float32: round the operands to tf32 and use tensor cores
+            int path,         // 0 portable, 1 Hopper's, where hopper::supports()
+            cudaStream_t stream);
+
+// grad_input = dz @ weight, dz = grad_output * activation'(saved) rounded to dtype. Taking the activation's gradient
+// here saves a launch, but each tile takes it again: for more than fused_gradient_elements it is faster to call
+// bias_activation_backward first, once for both gradients, and to pass its dz with kind none.
+void linear_input_gradient(int dtype,
+                           const void* grad_output,  // [M, N]
+                           int64_t grad_row_stride, int64_t grad_column_stride,
+                           const void* saved,   // [M, N], contiguous
+                           const void* weight,  // [N, K]
+                           int64_t weight_row_stride, int64_t weight_column_stride,
+                           void* grad_input,  // [M, K]
+                           int64_t M, int64_t N, int64_t K, int kind, double parameter, bool allow_tf32,
+                           void* workspace,  // as linear_workspace says, 16-byte aligned; null: the depth is not split
+                           cudaStream_t stream);
+
+// grad_weight = dz^T @ input, grad_bias = the sums of dz's columns; dz as above. The same in every run.
+void linear_weight_gradient(int dtype,
+                            const void* grad_output,  // [M, N]
+                            int64_t grad_row_stride, int64_t grad_column_stride,
+                            const void* saved,  // [M, N], contiguous
+                            const void* input,  // [M, K]
+                            int64_t input_row_stride, int64_t input_column_stride,
+                            void* grad_weight,  // [N, K] or null
+                            void* grad_bias,    // [N] or null
+                            int64_t M, int64_t N, int64_t K, int kind, double parameter, bool allow_tf32,
+                            bool deterministic,  // it always is
+                            void* workspace,     // as above
+                            cudaStream_t stream);
+
+constexpr int64_t fused_gradient_elements = 1 << 18;
+
+// Bytes of workspace with which a product's depth can be split as is fastest. product: 0 linear, 1 its input's
+// gradient, 2 its weight's. multiprocessors: of the device that it will run on, 0: the current one.
+size_t linear_workspace(int product, int dtype, int64_t M, int64_t N, int64_t K, int multiprocessors,
+                        bool deterministic);
+
 std::vector<std::string> targets();  // architectures with machine code in this build
 std::string version();               // of the CUDA toolkit that built it
 int device_count();                  // 0 where there is no driver

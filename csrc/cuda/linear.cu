@@ -1,8 +1,12 @@
-// The linear layer's epilogue and its gradient: bias, activation, and the column sums that are the bias's gradient.
+// The linear layer: its products with bias and activation, their gradients, and the same without the product.
 #include <algorithm>
+#include <array>
+#include <utility>
 
 #include "activation.cuh"
 #include "kernels.h"
+#include "matmul.cuh"
+#include "matmul_sm90.h"
 
 namespace fastdl::cuda {
 namespace {
@@ -247,6 +251,254 @@ void bias_activation_backward(int dtype, const void* grad_output, const void* sa
              static_cast<const Compute<T>*>(partial_sums), static_cast<T*>(grad_bias), parts, columns);
     });
   });
+}
+
+// ---- Products -------------------------------------------------------------------------------------------------------
+
+namespace {
+
+DeviceLimits device_limits() {
+#ifdef FDL_EMULATE
+  return {4, 163 * 1024};  // few multiprocessors, so that small tests meet large tiles
+#else
+  DeviceLimits limits{};
+  int device = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&limits.multiprocessors, cudaDevAttrMultiProcessorCount, device),
+        "cudaDeviceGetAttribute");
+  check(cudaDeviceGetAttribute(&limits.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+        "cudaDeviceGetAttribute");
+  return limits;
+#endif
+}
+
+template <class T>
+Arithmetic arithmetic_of(bool allow_tf32) {
+  if (sizeof(T) == 2) return Arithmetic::half;
+  if (sizeof(T) == 8) return Arithmetic::float64;
+  return allow_tf32 ? Arithmetic::tf32 : Arithmetic::float32;
+}
+
+// Whether an operand can be copied by chunks along a dimension.
+template <class T>
+bool has_vectors(const Operand<T>& operand, Layout layout) {
+  const auto [along, across] = layout == Layout::depth ? std::pair(operand.depth_stride, operand.row_stride)
+                                                       : std::pair(operand.row_stride, operand.depth_stride);
+  return along == 1 && across % int64_t(16 / sizeof(T)) == 0 && aligned(16, operand.data);
+}
+
+// An operand of a product; the stride of a dimension of one element does not matter, whatever it is.
+template <class T>
+Operand<T> operand_of(const void* data, int64_t rows, int64_t depth, int64_t row_stride, int64_t depth_stride) {
+  Operand<T> operand{static_cast<const T*>(data), rows, rows == 1 ? 0 : row_stride, depth == 1 ? 0 : depth_stride,
+                     true};
+  return operand;
+}
+
+template <class T, bool tensor_cores, TileName name>
+void launch_matmul(const Product<T>& product, Layout layout_a, Layout layout_b, int splits, cudaStream_t stream) {
+  constexpr Tile tile = kTiles[int(name)];
+  const auto& epilogue = product.epilogue;
+  const int64_t tiles = ceil_div(epilogue.rows, int64_t(tile.rows)) *
+                        std::max<int64_t>(1, ceil_div(epilogue.columns, int64_t(tile.columns)));
+  require(tiles < (int64_t(1) << 31), "linear", "the number of tiles", tiles, "less than 2^31");
+  const bool gradient = product.gradient != Activation::none;
+  const Shape shape(dim3(unsigned(tiles), unsigned(splits)), dim3(tile.threads()),
+                    size_t(shared_bytes(tile, gradient, sizeof(Compute<T>))), stream);
+  constexpr Layout depth = Layout::depth, rows = Layout::rows;
+  if (layout_a == depth && layout_b == depth) {
+    launch(matmul_kernel<T, tensor_cores, name, depth, depth>, shape, product);
+  } else if (layout_a == depth) {
+    launch(matmul_kernel<T, tensor_cores, name, depth, rows>, shape, product);
+  } else if (layout_b == depth) {
+    launch(matmul_kernel<T, tensor_cores, name, rows, depth>, shape, product);
+  } else {
+    launch(matmul_kernel<T, tensor_cores, name, rows, rows>, shape, product);
+  }
+}
+
+// Runs a product of which all is set but its split. workspace: null, or as large as linear_workspace says.
+template <class T>
+void multiply(Product<T> product, bool allow_tf32, void* workspace, cudaStream_t stream) {
+  auto& [a, b, saved, gradient, parameter, depth, split_depth, row_sums, partial_row_sums, epilogue] = product;
+  auto layout_of = [](const Operand<T>& operand) {
+    return has_vectors(operand, Layout::depth) ? Layout::depth : Layout::rows;
+  };
+  Layout layout_a = layout_of(a), layout_b = layout_of(b);
+  a.vectors = has_vectors(a, layout_a) && (gradient == Activation::none || has_vectors(saved, layout_a));
+  b.vectors = has_vectors(b, layout_b);
+  if (!a.vectors || !b.vectors) {
+    a.vectors &= layout_a == Layout::depth;
+    b.vectors &= layout_b == Layout::depth;
+    layout_a = layout_b = Layout::depth;
+  }
+  const bool flexible =
+      !a.vectors || !b.vectors || gradient != Activation::none || (row_sums && layout_a == Layout::depth);
+  const Arithmetic arithmetic = arithmetic_of<T>(allow_tf32);
+  const Plan plan = choose_plan(arithmetic, epilogue.rows, epilogue.columns, depth, flexible,
+                                gradient != Activation::none, workspace, device_limits());
+  require(depth < (int64_t(1) << 31) - 1024, "linear", "the depth", depth, "less than 2^31 - 1024");
+  split_depth = plan.split_depth;
+  if (plan.splits > 1) {
+    epilogue.partial = static_cast<Compute<T>*>(workspace);
+    if (row_sums) partial_row_sums = epilogue.partial + plan.splits * epilogue.rows * epilogue.columns;
+  }
+  epilogue.use_vectors();
+  auto run = [&]<bool tensor_cores, TileName tile>() {
+    launch_matmul<T, tensor_cores, tile>(product, layout_a, layout_b, plan.splits, stream);
+  };
+  if (arithmetic == Arithmetic::half || arithmetic == Arithmetic::tf32) {
+    if constexpr (sizeof(T) < 8) {
+      if (plan.tile == TileName::large) run.template operator()<true, TileName::large>();
+      if (plan.tile == TileName::medium) run.template operator()<true, TileName::medium>();
+      if (plan.tile == TileName::small) run.template operator()<true, TileName::small>();
+    }
+  } else if constexpr (sizeof(T) == 4) {
+    if (plan.tile == TileName::plain) run.template operator()<false, TileName::plain>();
+    if (plan.tile == TileName::small) run.template operator()<false, TileName::small>();
+  } else if constexpr (sizeof(T) == 8) {
+    run.template operator()<false, TileName::float64>();
+  }
+  if (plan.splits == 1) return;
+  const Compute<T>* partial = epilogue.partial;
+  epilogue.partial = nullptr;
+  const int64_t work =
+      epilogue.rows * ceil_div(epilogue.columns, int64_t(kEndWidth<T>)) + (row_sums ? epilogue.rows : 0);
+  const int64_t blocks = std::min(ceil_div(work, int64_t(kFinishThreads)), kMaximumBlocks);
+  launch(finish_kernel<T>, Shape(dim3(unsigned(blocks)), dim3(kFinishThreads), 0, stream), epilogue, partial,
+         static_cast<const Compute<T>*>(partial_row_sums), row_sums, plan.splits);
+}
+
+void require_product(const char* name, int64_t M, int64_t N, int64_t K, int kind) {
+  require(M >= 0, name, "M", M, "at least 0");
+  require(N >= 0, name, "N", N, "at least 0");
+  require(K >= 0, name, "K", K, "at least 0");
+  require(kind >= 0 && kind <= int(Activation::silu), name, "kind", kind, "0 to 8");
+}
+
+}  // namespace
+
+void linear(int dtype, const void* input, int64_t input_row_stride, int64_t input_column_stride, const void* weight,
+            int64_t weight_row_stride, int64_t weight_column_stride, const void* bias, void* output,
+            void* preactivation, int64_t M, int64_t N, int64_t K, int kind, double parameter, bool allow_tf32, int path,
+            cudaStream_t stream) {
+  constexpr const char* name = "linear";
+  require_product(name, M, N, K, kind);
+  require(path == 0 || path == 1, name, "path", path, "0 (portable) or 1 (Hopper)");
+  const bool empty = M == 0 || N == 0;
+  require(empty || K == 0 || input, name, "input", "0", "an address");
+  require(empty || K == 0 || weight, name, "weight", "0", "an address");
+  require(empty || output, name, "output", "0", "an address");
+  require(empty || preactivation != output, name, "preactivation", preactivation, "an array other than output");
+  if (path == 1) {
+    const bool supported = hopper::supports(dtype, input, input_row_stride, input_column_stride, weight,
+                                            weight_row_stride, weight_column_stride, output, preactivation, M, N, K);
+    require(supported, name, "path", path, "0 for operands that hopper_supports() refuses");
+    return hopper::forward(dtype, input, input_row_stride, weight, weight_row_stride, bias, output, preactivation, M, N,
+                           K, kind, parameter, stream);
+  }
+  dispatch_dtype(name, dtype, [&]<class T>() {
+    if (empty) return;
+    Product<T> product{};
+    product.a = operand_of<T>(K ? input : output, M, K, input_row_stride, input_column_stride);
+    product.b = operand_of<T>(K ? weight : output, N, K, weight_row_stride, weight_column_stride);
+    product.saved = product.a;
+    product.depth = K;
+    product.epilogue = {static_cast<const T*>(bias),
+                        static_cast<T*>(output),
+                        static_cast<T*>(preactivation),
+                        nullptr,
+                        M,
+                        N,
+                        static_cast<Compute<T>>(parameter),
+                        Activation(kind),
+                        false};
+    multiply(product, allow_tf32, nullptr, stream);
+  });
+}
+
+void linear_input_gradient(int dtype, const void* grad_output, int64_t grad_row_stride, int64_t grad_column_stride,
+                           const void* saved, const void* weight, int64_t weight_row_stride,
+                           int64_t weight_column_stride, void* grad_input, int64_t M, int64_t N, int64_t K, int kind,
+                           double parameter, bool allow_tf32, void* workspace, cudaStream_t stream) {
+  constexpr const char* name = "linear_input_gradient";
+  require_product(name, M, N, K, kind);
+  const bool empty = M == 0 || K == 0;
+  require(empty || N == 0 || grad_output, name, "grad_output", "0", "an address");
+  require(empty || N == 0 || kind == 0 || saved, name, "saved", "0", "an address");
+  require(empty || N == 0 || weight, name, "weight", "0", "an address");
+  require(empty || grad_input, name, "grad_input", "0", "an address");
+  dispatch_dtype(name, dtype, [&]<class T>() {
+    if (empty) return;
+    Product<T> product{};
+    product.a = operand_of<T>(N ? grad_output : grad_input, M, N, grad_row_stride, grad_column_stride);
+    product.b = operand_of<T>(N ? weight : grad_input, K, N, weight_column_stride, weight_row_stride);
+    product.gradient = N ? Activation(kind) : Activation::none;
+    product.saved = kind && N ? operand_of<T>(saved, M, N, N, 1) : product.a;
+    product.parameter = static_cast<Compute<T>>(parameter);
+    product.depth = N;
+    product.epilogue.output = static_cast<T*>(grad_input);
+    product.epilogue.rows = M;
+    product.epilogue.columns = K;
+    multiply(product, allow_tf32, workspace, stream);
+  });
+}
+
+void linear_weight_gradient(int dtype, const void* grad_output, int64_t grad_row_stride, int64_t grad_column_stride,
+                            const void* saved, const void* input, int64_t input_row_stride, int64_t input_column_stride,
+                            void* grad_weight, void* grad_bias, int64_t M, int64_t N, int64_t K, int kind,
+                            double parameter, bool allow_tf32, bool /*deterministic*/, void* workspace,
+                            cudaStream_t stream) {
+  constexpr const char* name = "linear_weight_gradient";
+  require_product(name, M, N, K, kind);
+  const int64_t columns = grad_weight ? K : 0;
+  const bool empty = N == 0 || (columns == 0 && !grad_bias);
+  require(empty || M == 0 || grad_output, name, "grad_output", "0", "an address");
+  require(empty || M == 0 || kind == 0 || saved, name, "saved", "0", "an address");
+  require(empty || M == 0 || columns == 0 || input, name, "input", "0", "an address");
+  dispatch_dtype(name, dtype, [&]<class T>() {
+    if (empty) return;
+    void* const somewhere = grad_weight ? grad_weight : grad_bias;  // for operands that are not read
+    Product<T> product{};
+    product.a = operand_of<T>(M ? grad_output : somewhere, N, M, grad_column_stride, grad_row_stride);
+    product.b = operand_of<T>(M && columns ? input : somewhere, columns, M, input_column_stride, input_row_stride);
+    if (columns == 0) product.b = operand_of<T>(product.a.data, 0, M, product.a.row_stride, product.a.depth_stride);
+    product.gradient = M ? Activation(kind) : Activation::none;
+    product.saved = kind && M ? operand_of<T>(saved, N, M, 1, N) : product.a;
+    product.parameter = static_cast<Compute<T>>(parameter);
+    product.depth = M;
+    product.row_sums = static_cast<T*>(grad_bias);
+    product.epilogue.output = static_cast<T*>(grad_weight);
+    product.epilogue.rows = N;
+    product.epilogue.columns = columns;
+    multiply(product, allow_tf32, workspace, stream);
+  });
+}
+
+size_t linear_workspace(int product, int dtype, int64_t M, int64_t N, int64_t K, int multiprocessors,
+                        bool /*deterministic*/) {
+  constexpr const char* name = "linear_workspace";
+  require_product(name, M, N, K, 0);
+  require(product >= 0 && product <= 2, name, "product", product,
+          "0 (linear), 1 (input gradient) or 2 (weight gradient)");
+  size_t bytes = 0;
+  dispatch_dtype(name, dtype, [&]<class T>() {
+    if (product == 0) return;  // not split: its epilogue would need another launch
+    const auto [rows, columns, depth] = product == 1 ? std::array{M, K, N} : std::array{N, K, M};
+    DeviceLimits device = device_limits();
+    if (multiprocessors > 0) device.multiprocessors = multiprocessors;
+    for (const bool allow_tf32 : {false, true}) {  // whatever the operands will be like
+      for (const bool flexible : {false, true}) {
+        for (const bool gradient : {false, true}) {
+          const Plan plan = choose_plan(arithmetic_of<T>(allow_tf32), rows, columns, depth, flexible || gradient,
+                                        gradient, true, device);
+          if (plan.splits == 1) continue;
+          bytes = std::max(bytes, plan.splits * size_t(rows) * size_t(columns + 1) * sizeof(Compute<T>));
+        }
+      }
+    }
+  });
+  return bytes;
 }
 
 }  // namespace fastdl::cuda

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdl import accuracy, activations
+from fastdl import accuracy, activations, proof
 from fastdl.dispatch import Op, Support
 from fastdl.ops import _native
 from fastdl.ops.activation import ACTIVATION_BACKWARD
@@ -157,24 +157,12 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.dim() == 2 else tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
-def _operand(matrix: Tensor) -> tuple[Tensor, int, int]:
-    """A matrix with stride 1 along one axis, as the native kernels want it: itself or a copy, and its two strides."""
-    rows, columns = matrix.shape
-    row_stride, column_stride = matrix.stride()
-    # The stride of an axis of length 1 may be anything.
-    column_stride = column_stride if columns > 1 else 1
-    row_stride = row_stride if rows > 1 else columns if column_stride == 1 else 1
-    if row_stride and column_stride and 1 in (row_stride, column_stride):
-        return matrix, row_stride, column_stride
-    return matrix.contiguous(), max(columns, 1), 1
+# ---------------------------------------------------------------------------------------------------------------- cpu
 
 
-# ----------------------------------------------------------------------------------------------- native: cpu, cuda
-
-
-def _product(x: Tensor, w: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+def _product(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
     """x @ w.T + bias by the library, where that is at the machine's limit; x (M, K), w (N, K), any strides."""
-    if backend == "cpu" and _onednn_is_better(x.shape[0], w.shape[0], x.shape[1], x.dtype):
+    if _onednn_is_better(x.shape[0], w.shape[0], x.shape[1], x.dtype):
         output: Tensor = torch.ops.mkldnn._linear_pointwise(x, w, bias, "none", [], "")
         return output
     return torch.mm(x, w.t()) if bias is None else torch.addmm(bias, x, w.t())
@@ -188,7 +176,7 @@ def _onednn_is_better(m: int, n: int, k: int, dtype: torch.dtype) -> bool:
 
 
 def _packed_is_better(m: int, n: int, k: int, dtype: torch.dtype, fused: bool) -> bool:
-    """Whether the package's own packed GEMM beats the library on the CPU, for (M, K) x (K, N)."""
+    """Whether the package's own packed GEMM beats the library, for (M, K) x (K, N)."""
     if dtype == torch.float64:
         return True
     # A vector times a matrix is bound by reading the matrix: packing it first reads it twice.
@@ -199,10 +187,22 @@ def _packed_is_better(m: int, n: int, k: int, dtype: torch.dtype, fused: bool) -
     return fused or dtype == torch.float16 or min(m, k) > few or m * n * k <= 1 << 21
 
 
-def _gemm_cpu(
+def _operand(matrix: Tensor) -> tuple[Tensor, int, int]:
+    """A matrix with stride 1 along one axis, as the packed GEMM wants it: itself or a copy, and its two strides."""
+    rows, columns = matrix.shape
+    row_stride, column_stride = matrix.stride()
+    # The stride of an axis of length 1 may be anything.
+    column_stride = column_stride if columns > 1 else 1
+    row_stride = row_stride if rows > 1 else columns if column_stride == 1 else 1
+    if row_stride and column_stride and 1 in (row_stride, column_stride):
+        return matrix, row_stride, column_stride
+    return matrix.contiguous(), max(columns, 1), 1
+
+
+def _packed(
     x: Tensor,
     w: Tensor,
-    bias: Tensor | None,
+    bias: Tensor | None = None,
     kind: int = 0,
     parameter: float = 0.0,
     preactivation: Tensor | None = None,
@@ -233,118 +233,263 @@ def _gemm_cpu(
     return output
 
 
-def _native_forward(
-    backend: str, input: Tensor, weight: Tensor, bias: Tensor | None, kind: int, parameter: float, preactivation: bool
+def _cpu_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, kind: int, parameter: float, preactivation: bool
 ) -> tuple[Tensor, Tensor | None]:
-    x = _rows(input)
     (m, k), n = x.shape, weight.shape[0]
-    bias = None if bias is None else bias.contiguous()
-    shape = (*input.shape[:-1], n)
-    if m * n == 0:
-        empty = input.new_empty(shape)
-        return empty, input.new_empty(shape) if preactivation else None
-    z = None
-    if backend == "cpu" and _packed_is_better(m, n, k, x.dtype, fused=True):
+    if _packed_is_better(m, n, k, x.dtype, fused=True):
         z = _native.empty((m, n), x) if preactivation else None
-        y = _gemm_cpu(x, weight, bias, kind, parameter, z)
-    else:
-        # In 16 bits the product would be rounded before a bias added later: then the library adds it.
-        later = None if kind == 0 or x.dtype.itemsize == 2 else bias
-        y = _product(x, weight, bias if later is None else None, backend)
-        if kind:
-            z = y if preactivation else None
-            y = torch.empty_like(y) if preactivation else y
-            _native.kernels(backend).bias_activation(
-                _native.DTYPE_CODES[x.dtype],
-                y.data_ptr() if z is None else z.data_ptr(),
-                _native.address(later),
-                y.data_ptr(),
-                _native.address(z) if later is not None else 0,
-                m,
-                n,
-                kind,
-                parameter,
-                _native.context(x),
-            )
-    return y.view(shape), None if z is None else z.view(shape)
+        return _packed(x, weight, bias, kind, parameter, z), z
+    # In 16 bits the product would be rounded before a bias added later: then the library adds it.
+    later = None if kind == 0 or x.dtype.itemsize == 2 else bias
+    y, z = _product(x, weight, bias if later is None else None), None
+    if kind:
+        z = y if preactivation else None
+        y = torch.empty_like(y) if preactivation else y
+        _native.kernels("cpu").bias_activation(
+            _native.DTYPE_CODES[x.dtype],
+            y.data_ptr() if z is None else z.data_ptr(),
+            _native.address(later),
+            y.data_ptr(),
+            _native.address(z) if later is not None else 0,
+            m,
+            n,
+            kind,
+            parameter,
+            _native.context(x),
+        )
+    return y, z
 
 
-def _native_backward(
-    backend: str,
-    grad_output: Tensor,
-    input: Tensor | None,
+def _cpu_matmul(x: Tensor, w: Tensor) -> Tensor:
+    """x @ w.T for a gradient; x (M, K), w (N, K), any strides."""
+    (m, k), n = x.shape, w.shape[0]
+    if m * n and _packed_is_better(m, n, k, x.dtype, fused=False):
+        return _packed(x, w)
+    return _product(x, w, None)
+
+
+def _cpu_backward(
+    grad: Tensor,
+    x: Tensor | None,
     weight: Tensor | None,
     saved: Tensor | None,
     kind: int,
     parameter: float,
     bias: bool,
 ) -> list[Tensor]:
-    n = grad_output.shape[-1]
-    dz = _rows(grad_output)
-    m = dz.shape[0]
-    grad_bias = grad_output.new_empty(n) if bias else None
-    if m * n == 0:
-        return reference_backward(grad_output, input, weight, saved, kind, parameter, bias)
+    grad_bias = None
     if saved is not None or bias:
-        dz = dz.contiguous()
-        kernels = _native.kernels(backend)
-        workspace = None
-        if grad_bias is not None and (size := kernels.bias_activation_backward_workspace(m, n)):
-            workspace = torch.empty(size, dtype=torch.uint8, device=dz.device)
-        grad = dz
-        dz = grad if saved is None else _native.empty((m, n), grad)
-        kernels.bias_activation_backward(
-            _native.DTYPE_CODES[grad.dtype],
+        grad, grad_bias = _activation_and_bias_gradient("cpu", grad, saved, kind, parameter, bias)
+    gradients = [] if weight is None else [_cpu_matmul(grad, weight.t())]
+    if x is not None:
+        gradients.append(_cpu_matmul(grad.t(), x.t()))
+    return gradients if grad_bias is None else [*gradients, grad_bias]
+
+
+# ------------------------------------------------------------------------------------------------ native: cpu and cuda
+
+
+def _activation_and_bias_gradient(
+    backend: str, grad: Tensor, saved: Tensor | None, kind: int, parameter: float, bias: bool
+) -> tuple[Tensor, Tensor | None]:
+    """dz = grad * activation'(saved), and the sums of its columns if ``bias``, in one pass; grad, saved (M, N)."""
+    kernels = _native.kernels(backend)
+    grad = grad.contiguous()
+    m, n = grad.shape
+    dz = grad if saved is None else _native.empty((m, n), grad)
+    grad_bias = grad.new_empty(n) if bias else None
+    workspace = _workspace(kernels.bias_activation_backward_workspace(m, n) if bias else 0, grad)
+    kernels.bias_activation_backward(
+        _native.DTYPE_CODES[grad.dtype],
+        grad.data_ptr(),
+        _native.address(None if saved is None else saved.contiguous()),
+        0 if saved is None else dz.data_ptr(),
+        _native.address(grad_bias),
+        m,
+        n,
+        kind,
+        parameter,
+        _native.address(workspace),
+        _native.context(grad),
+    )
+    return dz, grad_bias
+
+
+def _workspace(size: int, like: Tensor) -> Tensor | None:
+    return torch.empty(size, dtype=torch.uint8, device=like.device) if size else None
+
+
+def _add_native(backend: str, forward: Any, backward: Any) -> None:
+    def run(
+        input: Tensor, weight: Tensor, bias: Tensor | None, kind: int, parameter: float, preactivation: bool
+    ) -> tuple[Tensor, Any]:
+        shape = (*input.shape[:-1], weight.shape[0])
+        if 0 in shape:
+            return input.new_empty(shape), input.new_empty(shape)
+        bias = None if bias is None else bias.contiguous()
+        y, z = forward(_rows(input), weight, bias, kind, parameter, preactivation)
+        return y.view(shape), None if z is None else z.view(shape)
+
+    @LINEAR.implement(backend, Support(_native.FLOATING, _limit))
+    def linear(input: Tensor, weight: Tensor, bias: Tensor | None, kind: int, parameter: float) -> Tensor:
+        return run(input, weight, bias, kind, parameter, False)[0]
+
+    @LINEAR_WITH_PREACTIVATION.implement(backend, Support(_native.FLOATING, _limit_with_preactivation))
+    def linear_with_preactivation(
+        input: Tensor, weight: Tensor, bias: Tensor | None, kind: int, parameter: float
+    ) -> tuple[Tensor, Tensor]:
+        return run(input, weight, bias, kind, parameter, True)
+
+    @LINEAR_BACKWARD.implement(backend, Support(_native.FLOATING))
+    def linear_backward(
+        grad_output: Tensor,
+        input: Tensor | None,
+        weight: Tensor | None,
+        saved: Tensor | None,
+        kind: int,
+        parameter: float,
+        bias: bool,
+    ) -> list[Tensor]:
+        if grad_output.numel() == 0:
+            return reference_backward(grad_output, input, weight, saved, kind, parameter, bias)
+        x = None if input is None else _rows(input)
+        rows = None if saved is None else _rows(saved)
+        gradients: list[Tensor] = backward(_rows(grad_output), x, weight, rows, kind, parameter, bias)
+        if weight is not None:
+            gradients[0] = gradients[0].view(*grad_output.shape[:-1], weight.shape[1])
+        return gradients
+
+
+_add_native("cpu", _cpu_forward, _cpu_backward)
+
+
+# --------------------------------------------------------------------------------------------------------------- cuda
+
+# Above so many elements of the output, the activation's gradient is taken once, not by every tile that reads it.
+_FUSED_GRADIENT_ELEMENTS = 1 << 18
+
+
+def _takes_hopper(x: Tensor, weight: Tensor) -> bool:
+    """Whether the forward takes Hopper's path: on that chip, for what TMA can reach, and not where it has failed."""
+    if x.is_cuda and torch.cuda.get_device_capability(x.device) != (9, 0):
+        return False
+    (m, k), n = x.shape, weight.shape[0]
+    supported = _native.kernels("cuda").hopper_supports(
+        _native.DTYPE_CODES[x.dtype], x.data_ptr(), *x.stride(), weight.data_ptr(), *weight.stride(), 0, 0, m, n, k
+    )
+    return bool(supported) and not proof.has_failed(LINEAR, "cuda", x, HOPPER)
+
+
+HOPPER = "+hopper"
+
+
+def _cuda_variant(backend: str, input: Tensor, weight: Tensor, *_: Any) -> str:
+    """The part of the CUDA kernels' code path that depends on the arguments: Hopper's is proven on its own."""
+    plain = backend == "cuda" and input.numel() and weight.numel() and weight.dim() == 2
+    return HOPPER if plain and _takes_hopper(_rows(input), weight) else ""
+
+
+LINEAR.variant = LINEAR_WITH_PREACTIVATION.variant = _cuda_variant
+
+
+def _cuda_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, kind: int, parameter: float, preactivation: bool
+) -> tuple[Tensor, Tensor | None]:
+    (m, k), n = x.shape, weight.shape[0]
+    y = torch.empty((m, n), dtype=x.dtype, device=x.device)
+    z = torch.empty_like(y) if preactivation else None
+    _native.kernels("cuda").linear(
+        _native.DTYPE_CODES[x.dtype],
+        x.data_ptr(),
+        *x.stride(),
+        weight.data_ptr(),
+        *weight.stride(),
+        _native.address(bias),
+        y.data_ptr(),
+        _native.address(z),
+        m,
+        n,
+        k,
+        kind,
+        parameter,
+        _allow_tf32(),
+        int(k > 0 and _takes_hopper(x, weight)),
+        _native.context(x),
+    )
+    return y, z
+
+
+def _cuda_backward(
+    grad: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    saved: Tensor | None,
+    kind: int,
+    parameter: float,
+    bias: bool,
+) -> list[Tensor]:
+    kernels, dtype, (m, n) = _native.kernels("cuda"), _native.DTYPE_CODES[grad.dtype], grad.shape
+    grad_bias = None
+    if saved is not None and grad.numel() > _FUSED_GRADIENT_ELEMENTS:
+        grad, grad_bias = _activation_and_bias_gradient("cuda", grad, saved, kind, parameter, bias)
+        saved, kind = None, 0
+    saved = None if saved is None else saved.contiguous()
+    gradients = []
+    if weight is not None:
+        k = weight.shape[1]
+        grad_input = grad.new_empty((m, k))
+        if k:
+            workspace = _workspace(kernels.linear_workspace(1, dtype, m, n, k, 0, True), grad)
+            kernels.linear_input_gradient(
+                dtype,
+                grad.data_ptr(),
+                *grad.stride(),
+                _native.address(saved),
+                weight.data_ptr(),
+                *weight.stride(),
+                grad_input.data_ptr(),
+                m,
+                n,
+                k,
+                kind,
+                parameter,
+                _allow_tf32(),
+                _native.address(workspace),
+                _native.context(grad),
+            )
+        gradients.append(grad_input)
+    k = 0 if x is None else x.shape[1]
+    sums = grad.new_empty(n) if bias and grad_bias is None else None
+    grad_weight = grad.new_empty((n, k))
+    if k or sums is not None:
+        workspace = _workspace(kernels.linear_workspace(2, dtype, m, n, k, 0, True), grad)
+        kernels.linear_weight_gradient(
+            dtype,
             grad.data_ptr(),
-            _native.address(None if saved is None else _rows(saved).contiguous()),
-            0 if saved is None else dz.data_ptr(),
-            _native.address(grad_bias),
+            *grad.stride(),
+            _native.address(saved),
+            x.data_ptr() if x is not None and k else 0,
+            *(x.stride() if x is not None else (0, 0)),
+            grad_weight.data_ptr() if k else 0,
+            _native.address(sums),
             m,
             n,
+            k,
             kind,
             parameter,
+            _allow_tf32(),
+            True,
             _native.address(workspace),
             _native.context(grad),
         )
-    gradients = []
-    if weight is not None:
-        grad_input = _native_matmul(backend, dz, weight.t())
-        gradients.append(grad_input.view(*grad_output.shape[:-1], weight.shape[1]))
-    if input is not None:
-        gradients.append(_native_matmul(backend, dz.t(), _rows(input).t()))
-    if grad_bias is not None:
-        gradients.append(grad_bias)
-    return gradients
+    if x is not None:
+        gradients.append(grad_weight)
+    grad_bias = sums if grad_bias is None else grad_bias
+    return gradients if grad_bias is None else [*gradients, grad_bias]
 
 
-def _native_matmul(backend: str, x: Tensor, w: Tensor) -> Tensor:
-    """x @ w.T for a gradient; x (M, K), w (N, K), any strides."""
-    (m, k), n = x.shape, w.shape[0]
-    if backend == "cpu" and m * n and _packed_is_better(m, n, k, x.dtype, fused=False):
-        return _gemm_cpu(x, w, None)
-    return _product(x, w, None, backend)
-
-
-def _add_native(backend: str) -> None:
-    support = Support(_native.FLOATING, _limit)
-
-    @LINEAR.implement(backend, support)
-    def forward(input: Tensor, weight: Tensor, bias: Tensor | None, kind: int, parameter: float) -> Tensor:
-        return _native_forward(backend, input, weight, bias, kind, parameter, False)[0]
-
-    @LINEAR_WITH_PREACTIVATION.implement(backend, Support(_native.FLOATING, _limit_with_preactivation))
-    def forward_with_preactivation(
-        input: Tensor, weight: Tensor, bias: Tensor | None, kind: int, parameter: float
-    ) -> tuple[Tensor, Tensor | None]:
-        return _native_forward(backend, input, weight, bias, kind, parameter, True)
-
-    @LINEAR_BACKWARD.implement(backend, Support(_native.FLOATING))
-    def backward(*arguments: Any) -> list[Tensor]:
-        return _native_backward(backend, *arguments)
-
-
-_add_native("cpu")
-_add_native("cuda")
+_add_native("cuda", _cuda_forward, _cuda_backward)
 
 
 # ----------------------------------------------------------------------------------------------------------- triton
