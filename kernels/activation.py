@@ -5,8 +5,11 @@ tanh, the pre-activation for gelu and silu. `parameter` is leaky_relu's negative
 it is a constant of the model, so it is compiled in, exact in every dtype.
 """
 
+import torch
 import triton
 import triton.language as tl
+
+from .common import Launch, Plan, device_limits
 
 NONE = tl.constexpr(0)
 RELU = tl.constexpr(1)
@@ -28,6 +31,8 @@ GELU_CUBIC = tl.constexpr(0.044715)
 WARPS = 4
 # Two 16-byte accesses a thread: enough bytes in flight to fill the memory's latency, with small tensors still spread.
 BYTES_PER_PROGRAM = WARPS * 32 * 16 * 2
+# 32 warps a multiprocessor: 32 KiB in flight, more than the memory's latency times its rate asks of each one.
+PROGRAMS = 8
 
 
 @triton.jit
@@ -144,18 +149,36 @@ def compiled_parameter(kind, parameter):
 
 def activation(input, output, kind, parameter):
     """output = act(input), elementwise, for contiguous tensors of one shape and dtype; output may be input."""
-    _launch(input, None, output, kind, parameter)
+    if input.numel() > 0:
+        activation_launch(input, None, output, kind, parameter, device_limits(input.device)).run()
 
 
 def activation_backward(grad_output, saved, grad_input, kind, parameter):
     """grad_input = grad_output * act'(saved), for contiguous tensors of one shape; grad_input may be grad_output."""
-    _launch(grad_output, saved, grad_input, kind, parameter)
+    if saved.numel() > 0:
+        activation_launch(grad_output, saved, grad_input, kind, parameter, device_limits(saved.device)).run()
 
 
-def _launch(input, saved, output, kind, parameter):
-    count = input.numel()
-    block = BYTES_PER_PROGRAM // input.element_size()
-    if count > 0:
-        activation_kernel[(triton.cdiv(count, block),)](
-            input, saved, output, count, kind, compiled_parameter(kind, parameter), block, num_warps=WARPS
-        )
+def activation_launch(input, saved, output, kind, parameter, device):
+    """The launch of activation or, with saved, of activation_backward, not yet run; of at least one element."""
+    count, block = input.numel(), BYTES_PER_PROGRAM // input.element_size()
+    arguments = {"input": input, "saved": saved, "output": output, "count": count}
+    constants = {"KIND": kind, "PARAMETER": compiled_parameter(kind, parameter), "BLOCK": block}
+    plan = Plan(PROGRAMS, access_bytes=16)
+    return Launch(activation_kernel, (triton.cdiv(count, block),), arguments, constants, device, WARPS, plan=plan)
+
+
+def compile_targets(device, every=True):
+    """By name, the launches to compile for a device, to look at their machine code: all kinds in bfloat16, and with
+    every the longest in each dtype."""
+    names = ("relu", "leaky_relu", "elu", "sigmoid", "tanh", "gelu", "gelu_tanh", "silu")
+    launches = {}
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        values = torch.empty(2**20, dtype=dtype, device="meta")
+        for kind, name in enumerate(names, start=1):
+            if dtype == torch.bfloat16 or (every and name in ("tanh", "gelu")):
+                for direction, saved in (("forward", None), ("backward", values)):
+                    launches[f"{direction} {dtype} {name}"] = activation_launch(
+                        values, saved, values, kind, 0.5, device
+                    )
+    return {name.replace("torch.", ""): launch for name, launch in launches.items()}

@@ -38,6 +38,16 @@ def device_limits(device):
 
 
 @dataclass(frozen=True)
+class Plan:
+    """What a launch's machine code must reach; the machine-code test compiles it and looks. Nothing may spill."""
+
+    programs: int = 1  # that a multiprocessor holds at once, by their registers, threads and shared memory
+    matrix_instruction: str = ""  # how the name of one begins that must be there
+    limits_registers: bool = True  # whether ptxas is told how many registers the programs leave a thread
+    access_bytes: int = 0  # a thread: of the widest load and of the widest store, at least
+
+
+@dataclass(frozen=True)
 class Launch:
     """One launch of a kernel: its grid, its arguments and compile-time constants by name, its warps and stages."""
 
@@ -45,14 +55,21 @@ class Launch:
     grid: tuple
     arguments: dict
     constants: dict
+    device: Device
     warps: int
     stages: int = 1
+    plan: Plan = Plan()
 
     def run(self):
         self.kernel[self.grid](**self.arguments, **self.constants, **self.options())
 
     def options(self):
-        return {"num_warps": self.warps, "num_stages": self.stages}
+        """The compiler's. Told the registers that the planned programs leave, ptxas takes them; else it would rather
+        spill a little to let one more program in."""
+        options = {"num_warps": self.warps, "num_stages": self.stages}
+        if self.device.capability and self.plan.limits_registers:
+            options["maxnreg"] = min(255, 65536 // (self.plan.programs * self.warps * 32) // 8 * 8)
+        return options
 
     def source(self):
         """The source that triton.compile takes, specialised as Triton's launcher would: None and 1 are constants."""

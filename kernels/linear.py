@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .activation import NONE, RELU, SILU, activation_gradient, apply_activation, compiled_parameter
-from .common import Launch, device_limits
+from .activation import GELU, NONE, SILU, TANH, activation_gradient, apply_activation, compiled_parameter
+from .common import Launch, Plan, device_limits
 
 # How a kernel reaches a matrix: by pointers, any strides, or by a tensor descriptor (TMA) over its rows or columns.
 POINTERS = tl.constexpr(0)
@@ -68,6 +68,31 @@ def finish_tile(
 
 
 @triton.jit
+def split_columns(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A tile's left and right half."""
+    return tl.split(tl.permute(tl.reshape(tile, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def finish_halves(
+    tile, bias, output, preactivation, row, column, first_row, rows, columns,
+    ACTIVATION: tl.constexpr, PARAMETER: tl.constexpr,
+    ACCESS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """finish_tile, one half after the other."""
+    HALF: tl.constexpr = BLOCK_COLUMNS // 2
+    first, second = split_columns(tile, BLOCK_ROWS, BLOCK_COLUMNS)
+    finish_tile(
+        first, bias, output, preactivation, row, column, first_row, rows, columns,
+        ACTIVATION, PARAMETER, ACCESS, BLOCK_ROWS, HALF,
+    )  # fmt: skip
+    finish_tile(
+        second, bias, output, preactivation, row, column + HALF, first_row, rows, columns,
+        ACTIVATION, PARAMETER, ACCESS, BLOCK_ROWS, HALF,
+    )  # fmt: skip
+
+
+@triton.jit
 def matmul_kernel(
     a, saved, b, bias, output, preactivation, row_sums,
     rows, columns, depth, depth_blocks_per_split, split_rows,
@@ -76,7 +101,7 @@ def matmul_kernel(
     A_ACCESS: tl.constexpr, SAVED_ACCESS: tl.constexpr, B_ACCESS: tl.constexpr, OUTPUT_ACCESS: tl.constexpr,
     ACCUMULATOR: tl.constexpr, INPUT_PRECISION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_DEPTH: tl.constexpr, GROUP: tl.constexpr,
-    HALVES: tl.constexpr, FLATTEN: tl.constexpr,
+    PARTS: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
     """output = act(A @ b + bias), where A = a, or a * act'(saved); row_sums = the sums of A's rows.
 
@@ -133,18 +158,22 @@ def matmul_kernel(
                 tl.store(row_sums + sum_offsets, sums.to(row_sums.dtype.element_ty), mask=row_index < rows)
         if b is not None:
             first_row = split * split_rows
-            if HALVES:
-                # One half after the other: half the registers and shared memory, which buys a deeper pipeline.
+            # Part after part: fewer registers, and less shared memory, which buys a deeper pipeline.
+            if PARTS == 4:
                 HALF: tl.constexpr = BLOCK_COLUMNS // 2
-                halves = tl.permute(tl.reshape(accumulator, (BLOCK_ROWS, 2, HALF)), (0, 2, 1))
-                first, second = tl.split(halves)
-                finish_tile(
+                first, second = split_columns(accumulator, BLOCK_ROWS, BLOCK_COLUMNS)
+                finish_halves(
                     first, bias, output, preactivation, row, column, first_row, rows, columns,
                     ACTIVATION, PARAMETER, OUTPUT_ACCESS, BLOCK_ROWS, HALF,
                 )  # fmt: skip
-                finish_tile(
+                finish_halves(
                     second, bias, output, preactivation, row, column + HALF, first_row, rows, columns,
                     ACTIVATION, PARAMETER, OUTPUT_ACCESS, BLOCK_ROWS, HALF,
+                )  # fmt: skip
+            elif PARTS == 2:
+                finish_halves(
+                    accumulator, bias, output, preactivation, row, column, first_row, rows, columns,
+                    ACTIVATION, PARAMETER, OUTPUT_ACCESS, BLOCK_ROWS, BLOCK_COLUMNS,
                 )  # fmt: skip
             else:
                 finish_tile(
@@ -179,22 +208,38 @@ def combine_kernel(
 
 @dataclass(frozen=True)
 class Tile:
-    """The block sizes of one program, and the share of the best tile's speed that they reach when all is full."""
+    """The block sizes of one program, and how it runs."""
 
     rows: int
     columns: int
     depth: int
     warps: int
-    speed: float
+    speed: float  # the share of the best tile's speed that it reaches when all is full
+
+    @property
+    def accumulators(self):
+        """How many a thread has."""
+        return self.rows * self.columns // (self.warps * 32)
+
+    @property
+    def parts(self):
+        """In how many parts a tile is finished: the longest activation would spill beside 32 accumulators more."""
+        return max(self.accumulators // 32, 1)
+
+    @property
+    def programs(self):
+        """That a multiprocessor should hold at once, where programs run one tile each: of 8 warps, which leaves a
+        thread all the registers that it can have."""
+        return 8 // self.warps
 
 
 TILES = {
     "half": (
-        Tile(128, 256, 64, 8, 1.0),  # the least shared-memory traffic a product; two groups of four warps, 64 rows each
+        Tile(128, 256, 64, 8, 1.0),  # least shared-memory traffic a product; two groups of four warps, 64 rows each
         Tile(128, 128, 64, 8, 0.85),  # twice as many programs, for a grid that would not fill the device
         Tile(64, 128, 64, 4, 0.65),  # the smallest with full-width Hopper matrix instructions
         Tile(64, 64, 64, 4, 0.45),
-        Tile(128, 16, 64, 4, 0.15),  # few columns, as in a classifier's last layer
+        Tile(128, 16, 64, 8, 0.15),  # few columns, as in a classifier's last layer
         Tile(16, 64, 128, 4, 0.15),  # few rows, as in decoding: bound by reading b, so deep blocks
     ),
     "tf32": (
@@ -205,21 +250,21 @@ TILES = {
         Tile(16, 64, 64, 4, 0.15),
     ),
     "float32": (
-        Tile(128, 64, 16, 8, 1.0),  # no tensor cores: 32 products a thread, with 16 warps a multiprocessor
+        Tile(128, 64, 16, 8, 1.0),  # no tensor cores: 32 products a thread
         Tile(64, 64, 16, 4, 0.9),
         Tile(64, 16, 32, 4, 0.3),
         Tile(16, 64, 32, 4, 0.3),
     ),
     "float64": (
-        Tile(64, 64, 16, 4, 1.0),  # 128 registers of a thread hold accumulators and operands of 8 bytes
+        Tile(64, 32, 16, 8, 1.0),  # numbers take two registers each
         Tile(32, 32, 16, 4, 0.6),
     ),
 }
 # By element size, where addresses or the activation's gradient take registers beside the accumulators (is_sparing).
 SPARING_TILES = {
-    2: (Tile(64, 64, 32, 4, 1.0), Tile(128, 16, 32, 4, 0.4), Tile(16, 64, 32, 4, 0.4)),
-    4: (Tile(64, 64, 16, 8, 1.0), Tile(64, 16, 16, 4, 0.4), Tile(16, 64, 16, 4, 0.4)),
-    8: (Tile(32, 32, 16, 4, 1.0),),
+    2: (Tile(64, 64, 32, 4, 1.0), Tile(128, 16, 32, 8, 0.4), Tile(16, 64, 32, 4, 0.4)),
+    4: (Tile(64, 32, 16, 8, 1.0), Tile(64, 16, 16, 8, 0.6), Tile(16, 64, 16, 4, 0.6)),
+    8: (Tile(32, 32, 16, 8, 1.0),),
 }
 SPLITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 MOST_STAGES = 4  # hides the memory's latency at every block depth here
@@ -230,6 +275,7 @@ DEPTH_OF_A_PARTIAL = 650
 # Up to here the activation's gradient is taken inside the matmul's loads, which saves a launch; beyond, each tile's
 # neighbours would take it again, and one elementwise pass first is cheaper.
 FUSED_GRADIENT_BYTES = 2**21
+COMBINE_PROGRAMS = 4  # of 4 warps a multiprocessor: 32 bytes in flight a thread, while the splits are in L2
 
 
 @dataclass(frozen=True)
@@ -239,7 +285,6 @@ class Config:
     tile: Tile
     stages: int
     splits: int
-    halves: bool  # finish a tile in two halves, where all of it would not fit the registers
 
 
 def fuses_gradient(rows, columns, element_size):
@@ -263,32 +308,52 @@ def is_sparing(kind, wide, gradient, row_sums, device):
     return not wide or (gradient and device.capability != 90) or (row_sums and device.capability < 90)
 
 
-def stages_that_fit(tile, element_size, stored_size, gradient, row_sums, halves, device):
+def is_persistent(kind, device):
+    """Whether each program runs many tiles, one program a multiprocessor: where the next tile's loads go on beside."""
+    return kind in ("half", "tf32") and device.capability >= 90
+
+
+def programs_at_once(tile, kind, device):
+    """How many programs a multiprocessor should hold; AMD's has too little shared memory for two."""
+    return 1 if is_persistent(kind, device) or not device.capability else tile.programs
+
+
+def stages_that_fit(tile, kind, element_size, stored_size, gradient, row_sums, device):
     """How deep the pipeline can be: each stage holds the operands, and one more tile is stored at the same time."""
     stage = (tile.rows * (1 + gradient) + tile.columns) * tile.depth * element_size
-    stored = tile.rows * tile.columns * stored_size // (2 if halves else 1)
+    stored = tile.rows * tile.columns * stored_size // tile.parts
     reserved = stored if device.capability >= 90 else 0  # where programs run one tile, it reuses the stages' memory
-    stages = min(MOST_STAGES, (device.shared_memory - reserved - 1024) // stage)
+    shared = (device.shared_memory + 1024) // programs_at_once(tile, kind, device) - 1024
+    stages = min(MOST_STAGES, (shared - reserved - 1024) // stage)
     if row_sums and device.capability >= 100 and element_size <= 4:
         stages -= element_size // 2  # Blackwell keeps another copy of the operand that is summed, tf32 of both
     return stages
 
 
+def usable_tiles(dtype, allow_tf32, wide, gradient, row_sums, device):
+    """The tiles that choose_config chooses from."""
+    kind = precision(dtype, allow_tf32)
+    tiles = SPARING_TILES[dtype.itemsize] if is_sparing(kind, wide, gradient, row_sums, device) else TILES[kind]
+    return [
+        tile
+        for tile in tiles
+        # The gradient's temporaries would spill beside 128 accumulators a thread.
+        if not (tile.accumulators >= 128 and gradient)
+        and stages_that_fit(tile, kind, dtype.itemsize, dtype.itemsize, gradient, row_sums, device) >= 2
+    ]
+
+
 @functools.lru_cache(maxsize=4096)
-def choose_config(rows, columns, depth, dtype, allow_tf32, wide, gradient, row_sums, device):
+def choose_config(rows, columns, depth, dtype, allow_tf32, wide, gradient, row_sums, device, only=None):
     """The tile and splits of depth with the least estimated time for a (rows, depth) @ (depth, columns) product.
 
     The estimate is the device's slowest multiprocessor: the number of tiles it runs one after the other, times a
     tile's products, divided by the tile's speed. Pure arithmetic. wide: all is read and written by 16 bytes;
-    gradient: a third operand is loaded; row_sums: sums are taken beside the products.
+    gradient: a third operand is loaded; row_sums: sums are taken beside the products; only: the tile to take.
     """
     kind = precision(dtype, allow_tf32)
-    sparing = is_sparing(kind, wide, gradient, row_sums, device)
     best = None
-    for tile in SPARING_TILES[dtype.itemsize] if sparing else TILES[kind]:
-        halves = tile.rows * tile.columns // (tile.warps * 32) >= 128
-        if halves and gradient:
-            continue  # the gradient's temporaries would spill beside 128 accumulators a thread
+    for tile in (only,) if only else usable_tiles(dtype, allow_tf32, wide, gradient, row_sums, device):
         tiles = triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns)
         blocks = triton.cdiv(depth, tile.depth)
         for splits in SPLITS:
@@ -296,7 +361,7 @@ def choose_config(rows, columns, depth, dtype, allow_tf32, wide, gradient, row_s
             if splits > 1 and blocks_per_split < MOST_STAGES:
                 break
             stored_size = max(dtype.itemsize, 4) if splits > 1 else dtype.itemsize
-            stages = stages_that_fit(tile, dtype.itemsize, stored_size, gradient, row_sums, halves, device)
+            stages = stages_that_fit(tile, kind, dtype.itemsize, stored_size, gradient, row_sums, device)
             if stages < 2:
                 break
             waves = triton.cdiv(tiles * splits, device.multiprocessors)
@@ -304,8 +369,26 @@ def choose_config(rows, columns, depth, dtype, allow_tf32, wide, gradient, row_s
             if splits > 1:
                 cost += splits * rows * columns * DEPTH_OF_A_PARTIAL / device.multiprocessors
             if best is None or cost < best[0]:
-                best = cost, Config(tile, stages, splits, halves)
+                best = cost, Config(tile, stages, splits)
     return best[1]
+
+
+def plan(tile, kind, wide, device):
+    """What the machine code of a product must reach on a device."""
+    if not device.capability:
+        instruction = "v_mfma"
+    elif kind == "float64":
+        instruction = "DMMA" if device.capability <= 90 else ""  # Triton has none for Blackwell
+    elif kind == "float32":
+        instruction = ""
+    elif device.capability < 90 or tile.rows < 64:
+        instruction = "HMMA"
+    else:
+        instruction = "HGMMA" if device.capability < 100 else "UTCHMMA"
+    access_bytes = 0 if not wide else 16 if device.capability else 8  # AMD's matrix instructions scatter more
+    # For Blackwell's plain cores ptxas fills whatever limit it is told with loads moved ahead, and spills.
+    limits_registers = device.capability < 100 or kind in ("half", "tf32")
+    return Plan(programs_at_once(tile, kind, device), instruction, limits_registers, access_bytes)
 
 
 def is_wide(matrix):
@@ -345,17 +428,19 @@ def _reach(matrix, how, block_rows, block_columns):
 
 def matmul_launches(
     a, b, output, *, saved=None, bias=None, preactivation=None, row_sums=None,
-    activation=0, gradient=0, parameter=0.0, allow_tf32=False, device=None,
+    activation=0, gradient=0, parameter=0.0, allow_tf32=False, device=None, tile=None,
 ):  # fmt: skip
     """The launches of output = act(A @ b + bias) as matmul_kernel has it: one, or with splits of depth two or three."""
     device = device or device_limits(a.device)
     (rows, depth), columns = a.shape, 1 if b is None else b.shape[1]
-    uses_tensor_cores = precision(a.dtype, allow_tf32) in ("half", "tf32")
-    persistent = uses_tensor_cores and device.capability >= 90
+    kind = precision(a.dtype, allow_tf32)
+    uses_tensor_cores, persistent = kind in ("half", "tf32"), is_persistent(kind, device)
     how = {name: access(matrix, uses_tensor_cores, device) for name, matrix in (("a", a), ("saved", saved), ("b", b))}
     operands = (a, how["a"]), (saved, how["saved"]), (b, how["b"]), (output, access(output, uses_tensor_cores, device))
     wide = all(matrix_access != POINTERS or is_wide(matrix) for matrix, matrix_access in operands)
-    config = choose_config(rows, columns, depth, a.dtype, allow_tf32, wide, gradient != 0, row_sums is not None, device)
+    config = choose_config(
+        rows, columns, depth, a.dtype, allow_tf32, wide, gradient != 0, row_sums is not None, device, tile
+    )
     tile, splits = config.tile, config.splits
     accumulator = torch.float64 if a.dtype == torch.float64 else torch.float32
 
@@ -372,7 +457,7 @@ def matmul_launches(
 
     stored = [matrix for matrix in (target["output"], target["preactivation"]) if matrix is not None]
     how_output = ROWS if all(access(matrix, uses_tensor_cores, device) == ROWS for matrix in stored) else POINTERS
-    store_columns = tile.columns // 2 if config.halves else tile.columns
+    store_columns = tile.columns // tile.parts
     strides = {
         f"{name}_{axis}_stride": 0 if matrix is None else matrix.stride(position)
         for name, matrix in (("a", a), ("saved", saved), ("b", b))
@@ -408,26 +493,29 @@ def matmul_launches(
                 "B_ACCESS": how["b"].value,
                 "OUTPUT_ACCESS": how_output.value,
                 "ACCUMULATOR": tl.float64 if accumulator == torch.float64 else tl.float32,
-                "INPUT_PRECISION": "tf32" if precision(a.dtype, allow_tf32) == "tf32" else "ieee",
+                "INPUT_PRECISION": "tf32" if kind == "tf32" else "ieee",
                 "BLOCK_ROWS": tile.rows,
                 "BLOCK_COLUMNS": tile.columns,
                 "BLOCK_DEPTH": tile.depth,
                 "GROUP": 8,
-                "HALVES": config.halves,
+                "PARTS": tile.parts,
                 "FLATTEN": persistent,
             },
+            device,
             tile.warps,
             config.stages,
+            plan(tile, kind, wide, device) if b is not None else Plan(),
         )
     ]
     if splits > 1 and b is not None:
-        launches.append(_combine(workspace, splits, split_rows * columns, columns, activation, parameter, **finish))
+        combine = _combine(workspace, splits, split_rows * columns, columns, activation, parameter, device, **finish)
+        launches.append(combine)
     if splits > 1 and row_sums is not None:
-        launches.append(_combine(target_sums, splits, rows, rows, 0, 0.0, None, row_sums, None))
+        launches.append(_combine(target_sums, splits, rows, rows, 0, 0.0, device, None, row_sums, None))
     return launches
 
 
-def _combine(partial, splits, split_stride, columns, activation, parameter, bias, output, preactivation):
+def _combine(partial, splits, split_stride, columns, activation, parameter, device, bias, output, preactivation):
     block = 1024  # 16 bytes of float32 a thread, twice
     arguments = {
         "partial": partial,
@@ -440,11 +528,12 @@ def _combine(partial, splits, split_stride, columns, activation, parameter, bias
         "split_stride": split_stride,
     }
     constants = {"ACTIVATION": activation, "PARAMETER": compiled_parameter(activation, parameter), "BLOCK": block}
-    return Launch(combine_kernel, (triton.cdiv(output.numel(), block),), arguments, constants, 4)
+    grid, plan = (triton.cdiv(output.numel(), block),), Plan(COMBINE_PROGRAMS, access_bytes=8)
+    return Launch(combine_kernel, grid, arguments, constants, device, 4, plan=plan)
 
 
 def linear_launches(input, weight, bias, output, preactivation, kind, parameter, **options):
-    """The launches of linear, not yet run; options are allow_tf32 and, to compile for another, device."""
+    """The launches of linear, not yet run; options: allow_tf32, device (common.Device), tile."""
     return matmul_launches(
         input,
         weight.t(),
@@ -458,14 +547,14 @@ def linear_launches(input, weight, bias, output, preactivation, kind, parameter,
 
 
 def input_gradient_launches(grad_output, saved, weight, grad_input, kind, parameter, **options):
-    """The launches of linear_input_gradient, not yet run; options are allow_tf32 and, to compile for another, device."""
+    """The launches of linear_input_gradient, not yet run; options: allow_tf32, device (common.Device), tile."""
     return matmul_launches(
         grad_output, weight, grad_input, saved=saved if kind else None, gradient=kind, parameter=parameter, **options
     )
 
 
 def weight_gradient_launches(grad_output, saved, input, grad_weight, grad_bias, kind, parameter, **options):
-    """The launches of linear_weight_gradient, not yet run; options are allow_tf32 and, to compile for another, device."""
+    """The launches of linear_weight_gradient, not yet run; options: allow_tf32, device (common.Device), tile."""
     return matmul_launches(
         grad_output.t(), None if grad_weight is None else input, grad_weight, saved=saved.t() if kind else None,
         row_sums=grad_bias, gradient=kind, parameter=parameter, **options,
@@ -505,31 +594,68 @@ def linear_weight_gradient(grad_output, saved, input, grad_weight, grad_bias, ki
         launch.run()
 
 
-def compile_targets(device):
-    """By name, the launches that a machine-code test compiles for a device: every kernel, dtype and way to load."""
-    cases = {}
-    for dtype, allow_tf32 in (
-        (torch.bfloat16, False), (torch.float16, False), (torch.float32, True), (torch.float32, False),
-        (torch.float64, False),
-    ):  # fmt: skip
-        for size in (4096, 8, 1000):  # the largest tile, the smallest with splits of depth, a middling ragged one
-            rows, inputs, outputs = size, 4096, max(size, 1000)
+DIRECTIONS = ("forward", "input gradient", "weight gradient", "plain weight gradient")
+
+
+def compile_targets(device, every=True):
+    """By name, the launches to compile for a device, to look at their machine code: the largest tile in each
+    direction, dtype and way to load, all activations, splits of depth; with every all tiles and more dtypes of each."""
+    launches = {}
+
+    def add(name, direction, dtype, layout="aligned", tile=None, kind=None, allow_tf32=False, **sizes):
+        name = f"{direction} {'tf32' if allow_tf32 else str(dtype).removeprefix('torch.')} {name}"
+        options = {"allow_tf32": allow_tf32, "device": device}
+        found = _example(direction, dtype, layout, tile, kind, **sizes, **options)
+        for position, launch in enumerate(found):
+            launches[f"{name} {position}" if len(found) > 1 else name] = launch
+
+    for direction in DIRECTIONS:
+        for dtype, allow_tf32 in (
+            (torch.bfloat16, False), (torch.float16, False), (torch.float32, True), (torch.float32, False),
+            (torch.float64, False),
+        ):  # fmt: skip
             for layout in ("aligned", "unaligned"):
-                pad = 0 if layout == "aligned" else 1
+                tiles = _example_tiles(direction, dtype, allow_tf32, layout == "aligned", device)
+                few = not every or dtype == torch.float16  # whose code is bfloat16's but for the conversions
+                for tile in tiles[:1] if few else tiles:
+                    name = f"{layout} {tile.rows}x{tile.columns}x{tile.depth}"
+                    add(name, direction, dtype, layout, tile, allow_tf32=allow_tf32)
+        for dtype in (torch.bfloat16, torch.float32) if every else (torch.bfloat16,):
+            add("split", direction, dtype, rows=64, columns=256)
+    for direction in DIRECTIONS[:2] if every else DIRECTIONS[:1]:
+        tile = _example_tiles(direction, torch.bfloat16, False, True, device)[0]
+        for kind in range(NONE.value, SILU.value + 1):
+            add(f"activation {kind}", direction, torch.bfloat16, tile=tile, kind=kind)
+    return launches
 
-                def matrix(rows, columns):
-                    return torch.empty(rows, columns + pad, dtype=dtype, device="meta")[:, :columns]  # noqa: B023
 
-                x, w, grad, dw = (
-                    matrix(rows, inputs), matrix(outputs, inputs), matrix(rows, outputs), matrix(outputs, inputs)
-                )  # fmt: skip
-                b, y, dx = (
-                    torch.empty(*s, dtype=dtype, device="meta") for s in ((outputs,), (rows, outputs), (rows, inputs))
-                )
-                options = {"allow_tf32": allow_tf32, "device": device}
-                name = f"{precision(dtype, allow_tf32) if dtype != torch.bfloat16 else 'bfloat16'}-{size}-{layout}"
-                cases[f"linear-{name}"] = linear_launches(x, w, b, y, y, SILU.value, 0.0, **options)
-                cases[f"input-{name}"] = input_gradient_launches(grad, grad, w, dx, SILU.value, 0.0, **options)
-                cases[f"weight-{name}"] = weight_gradient_launches(grad, grad, x, dw, b, RELU.value, 0.0, **options)
-                cases[f"weight-plain-{name}"] = weight_gradient_launches(grad, None, x, dw, b, 0, 0.0, **options)
-    return {f"{name}-{index}": launch for name, launches in cases.items() for index, launch in enumerate(launches)}
+def _example_tiles(direction, dtype, allow_tf32, wide, device):
+    gradient, row_sums = direction in ("input gradient", "weight gradient"), "weight" in direction
+    return usable_tiles(dtype, allow_tf32, wide, gradient, row_sums, device)
+
+
+def _example(direction, dtype, layout, tile, kind=None, rows=4096, columns=4096, **options):
+    """The launches of a product with a tile (None: the chosen one) and, if not given, the longest activation."""
+
+    def matrix(rows, columns):
+        return torch.empty(rows, columns + (layout == "unaligned"), dtype=dtype, device="meta")[:, :columns]
+
+    def dense(*shape):
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    outputs, depth, options = columns, 4096, options | {"tile": tile}
+    if direction == "forward":
+        kind = TANH.value if kind is None else kind
+        output = dense(rows, outputs)
+        return linear_launches(
+            matrix(rows, depth), matrix(outputs, depth), dense(outputs), output, output, kind, 0.5, **options
+        )
+    if direction == "input gradient":
+        kind = GELU.value if kind is None else kind
+        grad = matrix(rows, depth)
+        return input_gradient_launches(grad, grad, matrix(depth, outputs), dense(rows, outputs), kind, 0.5, **options)
+    kind = GELU.value if direction == "weight gradient" else 0
+    grad = matrix(depth, rows)
+    return weight_gradient_launches(
+        grad, grad, matrix(depth, outputs), dense(rows, outputs), dense(rows), kind, 0.5, **options
+    )
