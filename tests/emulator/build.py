@@ -68,6 +68,8 @@ def why_unavailable(mode: str = "plain") -> str | None:
         return "no C++ compiler"
     if cuda_include() is None:
         return "no CUDA headers: set CUDA_HOME"
+    if importlib.util.find_spec("pybind11") is None:
+        return "no pybind11: pip install pybind11"
     if mode != "plain" and not runtime_library(mode):
         return f"the compiler has no library for {mode}"
     if mode == "tsan" and not shutil.which("setarch"):
