@@ -22,13 +22,13 @@ from fastdl.testing import interpret_triton
 def load_emulator() -> None:
     """Lets the CUDA kernels run on CPU tensors, where there is no GPU."""
     folder = Path(__file__).parent / "emulator"
-    if not (folder / "build.py").is_file():
+    if not (folder / "emulation.py").is_file():
         return
     sys.path.insert(0, str(folder))
-    import build
+    import emulation
 
-    if build.why_unavailable() is None:
-        dispatch.state.emulator = build.load()
+    if emulation.why_unavailable() is None:
+        dispatch.state.emulator = emulation.load()
 
 
 if not torch.cuda.is_available():

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import emulation
 import pytest
 import torch
 from test_kernels import DTYPES, NAMES, PARAMETER, SETTINGS, Placed, apply, assert_close
 from torch import Tensor
 
-import build
-
-pytestmark = pytest.mark.skipif(build.why_unavailable() is not None, reason=str(build.why_unavailable()))
+pytestmark = pytest.mark.skipif(emulation.why_unavailable() is not None, reason=str(emulation.why_unavailable()))
 dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 
 
 @pytest.fixture(params=SETTINGS, ids=lambda setting: setting["schedule"])
 def kernels(request):
-    module = build.load()
+    module = emulation.load()
     module.configure(**request.param)
     yield module
     module.configure()
@@ -70,7 +69,7 @@ def test_long(kernels, dtype, rows, columns, depth):
 
 
 def test_supports():
-    kernels = build.load()
+    kernels = emulation.load()
     good = {"dtype": 1, "x": 16, "x_row": 64, "x_column": 1, "w": 32, "w_row": 72, "w_column": 1, "y": 48, "z": 0}
     good |= {"M": 5, "N": 16, "K": 64}
 

@@ -9,14 +9,13 @@ import itertools
 import math
 import re
 
+import emulation
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import build
-
-pytestmark = pytest.mark.skipif(build.why_unavailable() is not None, reason=str(build.why_unavailable()))
+pytestmark = pytest.mark.skipif(emulation.why_unavailable() is not None, reason=str(emulation.why_unavailable()))
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 NAMES = ("none", "relu", "leaky_relu", "elu", "sigmoid", "tanh", "gelu", "gelu_tanh", "silu")
@@ -34,7 +33,7 @@ some_kinds = pytest.mark.parametrize("kind", [0, 1, 8], ids=["none", "relu", "si
 
 @pytest.fixture(params=SETTINGS, ids=lambda setting: setting["schedule"])
 def kernels(request):
-    module = build.load()
+    module = emulation.load()
     module.configure(**request.param)
     yield module
     module.configure()
@@ -199,7 +198,7 @@ def test_bias_activation_backward(kernels, dtype, kind, rows, columns):
 
 
 def test_sums_of_many_rows():
-    kernels = build.load()
+    kernels = emulation.load()
     rows, columns = 1_000_000, 4
     grads = torch.rand(rows, columns) + 0.5
     result = torch.empty(columns)
@@ -212,7 +211,7 @@ def test_sums_of_many_rows():
 
 
 def test_bad_arguments_are_named():
-    kernels = build.load()
+    kernels = emulation.load()
     one = torch.zeros(4).data_ptr()
     for message, call in {
         r"activation: dtype must be .* got 4": lambda: kernels.activation(4, one, one, 1, 0, 0.0, 0),
@@ -230,7 +229,7 @@ def test_bad_arguments_are_named():
 
 
 def test_the_build_describes_itself():
-    kernels = build.load()
+    kernels = emulation.load()
     assert kernels.targets() == ["emulated"]
     assert re.fullmatch(r"\d+\.\d+", kernels.version())
     assert kernels.device_count() == 0
@@ -240,8 +239,8 @@ def test_the_build_describes_itself():
     ("mode", "full", "report"), [("asan", "1", "AddressSanitizer|runtime error"), ("tsan", "0", "Thread")]
 )
 def test_sanitized(mode, full, report):
-    if why := build.why_unavailable(mode):
+    if why := emulation.why_unavailable(mode):
         pytest.skip(why)
-    output = build.run(mode, [build.HERE / "sanitized_calls.py", build.module(mode), full]).stdout
+    output = emulation.run(mode, [emulation.HERE / "sanitized_calls.py", emulation.module(mode), full]).stdout
     assert "finished" in output, output
     assert not re.search(report, output), output

@@ -8,14 +8,13 @@ from __future__ import annotations
 import math
 import re
 
+import emulation
 import pytest
 import torch
 from test_kernels import DTYPES, PARAMETER, Placed, apply, gradient, kernels  # noqa: F401
 from torch import Tensor
 
-import build
-
-pytestmark = pytest.mark.skipif(build.why_unavailable() is not None, reason=str(build.why_unavailable()))
+pytestmark = pytest.mark.skipif(emulation.why_unavailable() is not None, reason=str(emulation.why_unavailable()))
 
 # dtype, allow_tf32, and the code of choose_plan's arithmetic.
 ARITHMETICS = {
@@ -131,8 +130,8 @@ def test_sizes(kernels, arithmetic, M, N, K, kind):
 @arithmetics
 @pytest.mark.parametrize("kind", range(9))
 def test_activations(arithmetic, kind):
-    check(build.load(), arithmetic, 40, 72, 24, kind)
-    check(build.load(), arithmetic, 40, 72, 24, kind, offset=1)
+    check(emulation.load(), arithmetic, 40, 72, 24, kind)
+    check(emulation.load(), arithmetic, 40, 72, 24, kind, offset=1)
 
 
 @arithmetics
@@ -140,7 +139,7 @@ def test_activations(arithmetic, kind):
 @pytest.mark.parametrize("weight", ["rows", "columns", "padded"])
 @pytest.mark.parametrize(("grad", "kind"), [("rows", 0), ("columns", 0), ("expanded", 1), ("padded", 7)])
 def test_layouts(arithmetic, input, weight, grad, kind):
-    check(build.load(), arithmetic, 72, 80, 104, kind, input=input, weight=weight, grad=grad)
+    check(emulation.load(), arithmetic, 72, 80, 104, kind, input=input, weight=weight, grad=grad)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +179,7 @@ def test_large_tiles(kernels, arithmetic, sizes, tile):
 
 @arithmetics
 def test_split_depth_is_deterministic(arithmetic):
-    kernels = build.load()
+    kernels = emulation.load()
     _, _, code = ARITHMETICS[arithmetic]
     M, N, K = 2000, 40, 48
     splits = kernels.choose_plan(code, N, K, M, False, False, True, *DEVICE)[2]
@@ -197,7 +196,7 @@ def test_split_depth_is_deterministic(arithmetic):
 
 @arithmetics
 def test_no_bank_conflicts(arithmetic):
-    kernels = build.load()
+    kernels = emulation.load()
     before = kernels.statistics()
     for input, weight, grad in (("rows", "rows", "rows"), ("columns", "rows", "columns"), ("rows", "columns", "rows")):
         check(kernels, arithmetic, 136, 72, 264, 1, input=input, weight=weight, grad=grad)
@@ -214,12 +213,12 @@ def test_no_bank_conflicts(arithmetic):
 @pytest.mark.parametrize(("M", "N", "K"), [(5, 7, 0), (0, 7, 5), (5, 0, 7), (0, 0, 0)])
 def test_zero_sizes(arithmetic, M, N, K):
     """An empty sum is 0: the activation of the bias remains."""
-    check(build.load(), arithmetic, M, N, K, 1)
+    check(emulation.load(), arithmetic, M, N, K, 1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nan_and_infinity_stay_in_their_row(dtype):
-    kernels = build.load()
+    kernels = emulation.load()
     x, w = Matrix(70, 72, dtype), Matrix(66, 72, dtype)
     x.placed.tensor[3, 5] = math.nan
     x.placed.tensor[68, 71] = math.inf
@@ -231,7 +230,7 @@ def test_nan_and_infinity_stay_in_their_row(dtype):
 
 
 def test_bad_arguments_are_named():
-    kernels = build.load()
+    kernels = emulation.load()
     one = torch.zeros(64).data_ptr()
     operands = (one, 8, 1, one, 8, 1)
 
@@ -284,13 +283,13 @@ A100, H100, RTX = (108, 163 * 1024), (132, 227 * 1024), (84, 99 * 1024)
 )
 def test_plan(arithmetic, sizes, options, device, tile, splits):
     flexible, split = "flexible" in options, "split" in options
-    plan = build.load().choose_plan(arithmetic, *sizes, flexible, False, split, *device)
+    plan = emulation.load().choose_plan(arithmetic, *sizes, flexible, False, split, *device)
     assert (plan[:2], plan[2]) == (tile, splits)
 
 
 @pytest.mark.parametrize("device", [A100, H100, RTX])
 def test_every_plan_covers_the_depth_once(device):
-    kernels = build.load()
+    kernels = emulation.load()
     for arithmetic in range(4):
         for rows, columns, depth in (
             (1, 1, 1),
@@ -309,8 +308,10 @@ def test_every_plan_covers_the_depth_once(device):
     ("mode", "full", "report"), [("asan", "1", "AddressSanitizer|runtime error"), ("tsan", "0", "Thread")]
 )
 def test_sanitized(mode, full, report):
-    if why := build.why_unavailable(mode):
+    if why := emulation.why_unavailable(mode):
         pytest.skip(why)
-    output = build.run(mode, [build.HERE / "sanitized_linear.py", build.module(mode), full], timeout=600).stdout
+    output = emulation.run(
+        mode, [emulation.HERE / "sanitized_linear.py", emulation.module(mode), full], timeout=600
+    ).stdout
     assert "finished" in output, output
     assert not re.search(report, output), output

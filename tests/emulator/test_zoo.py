@@ -7,10 +7,9 @@ import re
 import shutil
 import subprocess
 
+import emulation
 import plant
 import pytest
-
-import build
 
 ORDERS = [f"{schedule}/{completion}" for schedule in ("forward", "reverse") for completion in ("early", "late")]
 EARLY = [order for order in ORDERS if order.endswith("early")]
@@ -109,13 +108,13 @@ BUGS = {
 
 @functools.cache
 def reason(mode: str) -> str | None:
-    return build.why_unavailable(mode)
+    return emulation.why_unavailable(mode)
 
 
 def run(mode: str, case: str, bug: str, settings: list[str]) -> str:
     if why := reason(mode):
         pytest.skip(why)
-    return build.run(mode, [build.zoo(mode), case, bug, *settings]).stdout
+    return emulation.run(mode, [emulation.zoo(mode), case, bug, *settings]).stdout
 
 
 def verdicts(output: str) -> list[str]:
@@ -126,7 +125,7 @@ def verdicts(output: str) -> list[str]:
 def test_every_case_is_used():
     if why := reason("plain"):
         pytest.skip(why)
-    listed = build.run("plain", [build.zoo(), "list"]).stdout.split("\n")[:-1]
+    listed = emulation.run("plain", [emulation.zoo(), "list"]).stdout.split("\n")[:-1]
     assert sorted(listed) == sorted([*RIGHT, *WRONG])
     assert {case for case, _ in BUGS} <= set(listed)
     assert set(plant.BUGS) <= {bug for _, bug in BUGS}
@@ -171,7 +170,7 @@ def test_planted_bug_is_reported(case, bug):
 
 
 def test_every_bug_has_its_place():
-    planted = plant.plant((build.KERNELS / "matmul_sm90.cuh").read_text())
+    planted = plant.plant((emulation.KERNELS / "matmul_sm90.cuh").read_text())
     assert all(f'BUG("{bug}")' in planted for bug in plant.BUGS)
     with pytest.raises(ValueError, match="no occurrence"):
         plant.plant("nothing of it")
@@ -181,7 +180,7 @@ def test_the_probes_pass_here_too():
     """What a Hopper GPU will be asked, the library's whole forward included."""
     if why := reason("plain"):
         pytest.skip(why)
-    output = build.run("plain", [build.confirm()]).stdout
+    output = emulation.run("plain", [emulation.confirm()]).stdout
     assert output.endswith("0 failed\n"), output
     assert len(re.findall(r"^forward .* ok ", output, re.MULTILINE)) == 6
 
@@ -194,8 +193,8 @@ def test_the_probes_compile_for_hopper(tmp_path):
         "-std=c++20",
         "-gencode=arch=compute_90a,code=sm_90a",
         "-Werror=all-warnings",
-        f"-I{build.KERNELS}",
+        f"-I{emulation.KERNELS}",
     ]
-    command += [build.HERE / "zoo" / "confirm_sm90.cu", "-o", tmp_path / "confirm_sm90"]
+    command += [emulation.HERE / "zoo" / "confirm_sm90.cu", "-o", tmp_path / "confirm_sm90"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and "warning" not in done.stderr, done.stderr
