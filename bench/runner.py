@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import fastdl
 from fastdl import dispatch
 
-from . import cases, report, roofline, timing
+from . import cases, machine_code, report, roofline, timing
 from .cases import Case
 from .correctness import Gate, Sample, draw, step
 from .outcome import BACKEND, CHECK, PEER, Results, Row, provenance
@@ -51,7 +51,8 @@ def add_commands(commands: Any) -> None:
     tune = commands.add_parser("tune", parents=[measuring], help="measure this machine, for auto's choices here")
     tune.set_defaults(run=_tune_command)
     show = commands.add_parser("report", help="tables, plots and one HTML file from a run's results.json")
-    show.add_argument("results", type=Path, help="results.json")
+    show.add_argument("results", type=Path, nargs="?", help="results.json")
+    show.add_argument("--machine-code", action="store_true", help="registers, spills, occupancy of every GPU kernel")
     show.add_argument("--out", type=Path, help="folder for the plots and the HTML file; default: beside results.json")
     show.set_defaults(run=_report_command)
 
@@ -280,6 +281,10 @@ def _tune_command(options: argparse.Namespace) -> int:
 
 
 def _report_command(options: argparse.Namespace) -> int:
+    if options.machine_code:
+        return machine_code.show(_console())
+    if options.results is None:
+        raise SystemExit("fastdl report: name a results.json, or take --machine-code")
     results = Results.load(options.results)
     out = options.out or options.results.parent
     out.mkdir(parents=True, exist_ok=True)
