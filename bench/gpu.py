@@ -645,6 +645,18 @@ def write_records(folder: Path, device: str = "cuda") -> int:
     return 0
 
 
+def merge_records(new: Sequence[dict[str, Any]], target: Path) -> int:
+    """Takes records into a file of them, each for the one of its op, backend, dtype and code path; returns how many."""
+
+    def keyed(records: Sequence[dict[str, Any]]) -> dict[tuple[str, ...], dict[str, Any]]:
+        return {(r["op"], r["backend"], r["dtype"], r["code_path"]): r for r in records}
+
+    merged = keyed(json.loads(target.read_text())["records"]) | keyed(new)
+    lines = ",\n".join(json.dumps(merged[key]) for key in sorted(merged))
+    target.write_text(f'{{"records": [\n{lines}\n]}}\n')
+    return len(merged)
+
+
 def merge(folder: Path, accepted: Sequence[str] = (), root: Path = ROOT) -> int:
     """Takes a run's records into fastdl/records.json: each replaces the one of its op, backend, dtype and code path.
 
@@ -672,15 +684,9 @@ def merge(folder: Path, accepted: Sequence[str] = (), root: Path = ROOT) -> int:
     if place.resolve() != folder.resolve():
         shutil.copytree(folder, place, dirs_exist_ok=True)
 
-    def keyed(path: Path) -> dict[tuple[str, ...], dict[str, Any]]:
-        every = json.loads(path.read_text())["records"]
-        return {(r["op"], r["backend"], r["dtype"], r["code_path"]): r for r in every}
-
-    new = keyed(folder / "records.json")
-    merged = keyed(target) | new
-    content = {"records": [merged[key] for key in sorted(merged)]}
-    target.write_text(json.dumps(content, indent=1) + "\n")
-    print(f"{len(new)} records of {run['name']} are in {target}, which has {len(merged)}")
+    new = json.loads((folder / "records.json").read_text())["records"]
+    total = merge_records(new, target)
+    print(f"{len(new)} records of {run['name']} are in {target}, which has {total}")
     return 0
 
 

@@ -14,6 +14,7 @@ from rich.console import Console
 from fastdl import dispatch, proof
 
 from . import report, runner
+from .gpu import merge_records
 from .outcome import BACKEND, Results, provenance
 from .timing import DISTURBED
 
@@ -65,24 +66,12 @@ def records(results: Results, device: torch.device) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def merge(new: list[dict[str, Any]], target: Path) -> int:
-    """Takes records into a file of them, each in place of the one of its op, backend, dtype and code path."""
-
-    def keyed(records: list[dict[str, Any]]) -> dict[tuple[str, ...], dict[str, Any]]:
-        return {(r["op"], r["backend"], r["dtype"], r["code_path"]): r for r in records}
-
-    merged = keyed(json.loads(target.read_text())["records"]) | keyed(new)
-    lines = ",\n".join(json.dumps(merged[key]) for key in sorted(merged))
-    target.write_text(f'{{"records": [\n{lines}\n]}}\n')
-    return len(merged)
-
-
 def main(arguments: Sequence[str]) -> None:
     """python -m fastdl.bench.tune RESULTS.json...: takes committed CPU runs into fastdl/records.json."""
     for path in map(Path, arguments):
         results = Results.load(path)
         new = [record | {"source": path.as_posix()} for record in records(results, torch.device("cpu"))]
-        print(f"{path}: {len(new)} of {merge(new, Path('fastdl/records.json'))} records")
+        print(f"{path}: {len(new)} of {merge_records(new, Path('fastdl/records.json'))} records")
 
 
 if __name__ == "__main__":
