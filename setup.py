@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import shlex
 import shutil
@@ -108,7 +109,7 @@ class Build(build_ext):
                     raise
                 say(f"installing without CUDA kernels, since {refusal}")
                 nvcc = None
-        objects.append(self._compile(self._bindings_job(compiler, "csrc/bindings.cpp", nvcc, isas)))
+        objects += map(self._compile, self._bindings_jobs(compiler, "csrc", nvcc, isas))
         self._link(compiler, objects, nvcc)
         cuda = f"CUDA kernels for {', '.join(CUDA_TARGETS)} by nvcc {cuda_version(nvcc)}" if nvcc else "no CUDA kernels"
         why = "" if nvcc else " (FASTDL_CUDA=0)" if mode == "0" else " (no nvcc on the PATH, no CUDA_HOME)"
@@ -136,13 +137,13 @@ class Build(build_ext):
         return known
 
     def _cpu_jobs(self, compiler: list[str], isas: dict[str, list[str]]) -> list[tuple]:
-        sources = [path for path in sorted(ROOT.glob("csrc/cpu/*.cpp")) if path.name != "bindings.cpp"]
+        sources = [path for path in sorted(ROOT.glob("csrc/cpu/*.cpp")) if not path.name.startswith("bindings")]
         jobs = [
             (source, self.objects / f"cpu-{source.stem}-{isa}.o", [*compiler, *self.common, *options, f"-DISA={isa}"])
             for source in sources
             for isa, options in isas.items()
         ]
-        return [*jobs, self._bindings_job(compiler, "csrc/cpu/bindings.cpp", None, isas)]
+        return [*jobs, *self._bindings_jobs(compiler, "csrc/cpu", None, isas)]
 
     def _cuda_jobs(self, compiler: list[str], nvcc: Path) -> list[tuple]:
         targets = [flag for target in CUDA_TARGETS.values() for flag in ("-gencode", target)]
@@ -151,9 +152,11 @@ class Build(build_ext):
             (source, self.objects / f"cuda-{source.stem}.o", [str(nvcc), *CUDA_FLAGS, *werror, *targets])
             for source in sorted(ROOT.glob("csrc/cuda/*.cu"))
         ]
-        return [*jobs, self._bindings_job(compiler, "csrc/cuda/bindings.cpp", nvcc, {})]
+        return [*jobs, *self._bindings_jobs(compiler, "csrc/cuda", nvcc, {})]
 
-    def _bindings_job(self, compiler: list[str], source: str, nvcc: Path | None, isas: dict[str, list[str]]) -> tuple:
+    def _bindings_jobs(
+        self, compiler: list[str], folder: str, nvcc: Path | None, isas: dict[str, list[str]]
+    ) -> list[tuple]:
         include = [pybind11_include(), sysconfig.get_path("include")]
         defines = ["-DFASTDL_CPU", *[f"-DFASTDL_ISA_{isa.upper()}" for isa in isas]]
         if nvcc:
@@ -161,17 +164,20 @@ class Build(build_ext):
             include.append(str(cuda_home(nvcc) / "include"))
         flags = ["-std=c++17", "-O2", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra"]
         system = [flag for path in include for flag in ("-isystem", path)]
-        path = ROOT / source
-        return path, self.objects / f"{path.parent.name}-bindings.o", [*compiler, *flags, *defines, *system]
+        command = [*compiler, *flags, *defines, *system]
+        sources = sorted((ROOT / folder).glob("bindings*.cpp"))
+        return [(source, self.objects / f"{source.parent.name}-{source.stem}.o", command) for source in sources]
 
     def _compile(self, job: tuple) -> Path:
         source, target, command = job
-        command = [*command, "-c", str(source), "-o", str(target)]
-        stamp = target.with_suffix(".command")
-        fresh = stamp.exists() and stamp.read_text() == shlex.join(command) and target.exists()
-        headers = [path for path in source.parent.glob("*.*") if path.suffix not in (".cpp", ".cu")]
-        if fresh and target.stat().st_mtime > max(path.stat().st_mtime for path in (source, *headers)):
-            return target
+        includes, stamp = target.with_suffix(".d"), target.with_suffix(".command")
+        command = [*command, "-MMD", "-MF", str(includes), "-c", str(source), "-o", str(target)]
+        if stamp.exists() and stamp.read_text() == shlex.join(command) and target.exists() and includes.exists():
+            # "target: source header ...", over lines that end in a backslash
+            read = shlex.split(includes.read_text().replace("\\\n", " ").partition(": ")[2])
+            changed = [path.stat().st_mtime if path.exists() else math.inf for path in map(Path, read)]
+            if target.stat().st_mtime > max(changed):
+                return target
         self._run(command)
         stamp.write_text(shlex.join(command))
         return target

@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -85,28 +86,44 @@ def runtime_library(mode: str) -> Path | None:
 
 
 def _run(command: list[str]) -> None:
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     if result.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{result.stderr}")
 
 
 @functools.cache
-def _headers() -> bytes:
-    files = [*KERNELS.glob("*"), *HERE.glob("*"), *HERE.glob("zoo/*")]
-    headers = sorted(path for path in files if path.suffix in (".h", ".cuh", ".inc"))
-    version = subprocess.run([compiler(), "--version"], capture_output=True).stdout
-    return version + b"".join(path.read_bytes() for path in headers)
+def _contents(source: Path, *folders: Path) -> tuple[tuple[Path, bytes], ...]:
+    """A source and all of ours that it includes from beside it or these folders, with their bytes."""
+    found: dict[Path, bytes] = {}
+    waiting = [source]
+    while waiting:
+        path = waiting.pop()
+        if path not in found:
+            found[path] = path.read_bytes()
+            names = re.findall(rb'^\s*#\s*include\s+"([^"]+)"', found[path], re.MULTILINE)
+            places = (path.parent, *folders)
+            waiting += [file for name in names for place in places if (file := place / name.decode()).is_file()]
+    return tuple(sorted(found.items()))
+
+
+@functools.cache
+def _compiler_version() -> bytes:
+    return subprocess.run([compiler(), "--version"], capture_output=True).stdout
 
 
 def _object(source: Path, flags: list[str]) -> Path:
     """Compiles one source, unless that has been done."""
-    command = [compiler(), *COMMON, *flags, f"-I{HERE}", f"-I{KERNELS}", "-isystem", str(cuda_include())]
-    key = hashlib.sha256(b"\0".join([_headers(), source.read_bytes(), "\0".join(command).encode()])).hexdigest()
+    # Relative to ROOT, where it runs: a copy of the tree finds the same objects.
+    include = [f"-I{folder.relative_to(ROOT)}" for folder in (HERE, KERNELS)]
+    command = [compiler(), *COMMON, *flags, *include, "-isystem", str(cuda_include())]
+    folders = [ROOT / flag.removeprefix("-I") for flag in (*flags, *include) if flag.startswith("-I")]
+    contents = [part for path, text in _contents(source, *folders) for part in (path.name.encode(), text)]
+    key = hashlib.sha256(b"\0".join([_compiler_version(), *contents, "\0".join(command).encode()])).hexdigest()
     target = CACHE / "objects" / f"{source.stem}-{key[:20]}.o"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         unfinished = target.with_suffix(f".{os.getpid()}")  # another process may be building the same
-        _run([*command, "-x", "c++", "-c", str(source), "-o", str(unfinished)])
+        _run([*command, "-x", "c++", "-c", str(source.relative_to(ROOT)), "-o", str(unfinished)])
         unfinished.replace(target)
     return target
 
@@ -119,7 +136,8 @@ def _link(name: str, mode: str, sources: dict[Path, list[str]], flags: list[str]
     }
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = [str(path) for path in pool.map(_object, jobs, jobs.values())]
-    key = hashlib.sha256("\0".join([*objects, *link_flags, *flags]).encode()).hexdigest()
+    names = [Path(path).name for path in objects]  # made of their contents
+    key = hashlib.sha256("\0".join([*names, *link_flags, *flags]).encode()).hexdigest()
     target = CACHE / f"{mode}-{key[:20]}" / name
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -132,7 +150,7 @@ def _link(name: str, mode: str, sources: dict[Path, list[str]], flags: list[str]
 def zoo(mode: str = "plain") -> Path:
     """The executable of test kernels."""
     sources = {source: [] for source in [HERE / "zoo" / "main.cpp", *_zoo_kernels()]}
-    sources[HERE / "zoo" / "hopper.cu"] = [f"-I{_planted('matmul_sm90.cuh')}"]
+    sources[HERE / "zoo" / "hopper.cu"] = [f"-I{_planted('matmul_sm90.cuh').relative_to(ROOT)}"]
     return _link("zoo", mode, sources, [])
 
 
