@@ -148,10 +148,14 @@ class Build(build_ext):
     def _cuda_jobs(self, compiler: list[str], nvcc: Path) -> list[tuple]:
         targets = [flag for target in CUDA_TARGETS.values() for flag in ("-gencode", target)]
         werror = ["-Werror", "all-warnings"] if os.environ.get("FASTDL_WERROR") == "1" else []
-        jobs = [
-            (source, self.objects / f"cuda-{source.stem}.o", [str(nvcc), *CUDA_FLAGS, *werror, *targets])
-            for source in sorted(ROOT.glob("csrc/cuda/*.cu"))
-        ]
+        jobs = []
+        for source in sorted(ROOT.glob("csrc/cuda/*.cu")):
+            target = self.objects / f"cuda-{source.stem}.o"
+            # The machine code of each architecture stays beside the object, to be looked at.
+            kept = target.with_suffix("")
+            kept.mkdir(exist_ok=True)
+            keep = ["--keep", "--keep-dir", str(kept)]
+            jobs.append((source, target, [str(nvcc), *CUDA_FLAGS, *werror, *targets, *keep]))
         return [*jobs, *self._bindings_jobs(compiler, "csrc/cuda", nvcc, {})]
 
     def _bindings_jobs(
@@ -179,6 +183,9 @@ class Build(build_ext):
             if target.stat().st_mtime > max(changed):
                 return target
         self._run(command)
+        for path in target.with_suffix("").glob("*"):
+            if path.suffix not in (".cubin", ".ptx"):
+                path.unlink()
         stamp.write_text(shlex.join(command))
         return target
 

@@ -20,6 +20,7 @@ import json
 import os
 import pkgutil
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -39,6 +40,7 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parent.parent  # a source checkout; an installed package has no csrc
 TABLES = Path(__file__).resolve().parent / "results" / "machine_code"
 CACHE = ROOT / "build" / "machine_code"
+OBJECTS = ROOT / "build" / "objects"
 COMMAND = "python -m fastdl.bench.machine_code"
 KIBIBYTE = 1024
 # What a table may differ by: compilers allocate registers by heuristics. No plan may be missed, however little changes.
@@ -318,23 +320,15 @@ def find_nvcc() -> str | None:
 
 def cuda_codes(target: Target, source: Path) -> dict[str, Code]:
     """By name, the kernels of one .cu, compiled for a target."""
-    nvcc = find_nvcc()
-    assert nvcc is not None
     targets, flags = _build_flags()
+    options = [*flags, "-gencode", targets[target.name]]
     headers = [path for path in sorted(source.parent.glob("*.*")) if path.suffix not in (".cu", ".cpp")]
-    texts = [path.read_text() for path in (source, *headers)]
-    command = [nvcc, *flags, "-gencode", targets[target.name], "-cubin"]
-    path = _cached([_nvcc_version(), *command, source.name, *texts])
+    path = _cached([_nvcc_version(), *options, source.name, *[file.read_text() for file in (source, *headers)]])
     if path.exists():
         found = json.loads(path.read_text())
     else:
         with tempfile.TemporaryDirectory() as folder:
-            cubin = Path(folder) / f"{source.stem}.cubin"
-            keep = ["--keep", "--keep-dir", folder]
-            built = subprocess.run([*command, *keep, "-o", cubin, source], capture_output=True, text=True)
-            if built.returncode:
-                raise RuntimeError(f"{source.name} does not compile for {target.name}:\n{built.stderr}")
-            (ptx,) = Path(folder).glob("*.ptx")
+            ptx, cubin = _built(source, headers, options) or _build(source, options, Path(folder))
             plans = read_ptx(ptx.read_text())
             found = {name: read | plans[name] for name, read in read_cubin(cubin).items() if name in plans}
         _remember(path, found)
@@ -345,6 +339,31 @@ def cuda_codes(target: Target, source: Path) -> dict[str, Code]:
         )
         for name, read in found.items()
     }
+
+
+def _built(source: Path, headers: list[Path], options: list[str]) -> tuple[Path, Path] | None:
+    """The PTX and the cubin that setup.py left of a build with these options, unless something is newer."""
+    stamp = OBJECTS / f"cuda-{source.stem}.command"
+    if not stamp.exists() or stamp.stat().st_mtime < max(path.stat().st_mtime for path in (source, *headers)):
+        return None
+    if not set(options) <= set(shlex.split(stamp.read_text())):
+        return None
+    virtual, _, real = (part.partition("=")[2] for part in options[-1].partition(","))
+    folder = stamp.with_suffix("")
+    # nvcc's name for a cubin leaves out a real architecture that goes without saying.
+    cubins = [folder / f"{source.stem}.{name}.cubin" for name in (f"{virtual}.{real}", virtual)]
+    ptx, cubin = folder / f"{source.stem}.{virtual}.ptx", next(filter(Path.exists, cubins), None)
+    return (ptx, cubin) if cubin and ptx.exists() else None
+
+
+def _build(source: Path, options: list[str], folder: Path) -> tuple[Path, Path]:
+    """The PTX and the cubin of a build of one target."""
+    cubin = folder / f"{source.stem}.cubin"
+    command = [str(find_nvcc()), *options, "-cubin", "--keep", "--keep-dir", folder, "-o", cubin, source]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{source.name} does not compile with {' '.join(options)}:\n{done.stderr}")
+    return folder / f"{source.stem}.ptx", cubin
 
 
 def read_ptx(ptx: str) -> dict[str, dict[str, Any]]:

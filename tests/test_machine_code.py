@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 
 import pytest
@@ -17,6 +18,19 @@ def test_stored_tables_keep_their_plans():
     _, tables = machine_code.load()
     assert tables.keys() == {target.name for target in TARGETS}
     assert machine_code.problems(tables) == []
+
+
+def test_sample_keeps_its_plans_and_is_as_stored():
+    """The declared sample of kernels, compiled now, unless the build has left a kernel's machine code."""
+    reason = machine_code.why_unavailable()
+    if reason and os.environ.get("FASTDL_CUDA") != "1":
+        pytest.skip(reason)
+    assert reason is None
+    sample = machine_code.compile_all(every=False)
+    assert all(sample[target.name] for target in TARGETS)
+    assert machine_code.problems(sample) == []
+    update = f"if this is meant: {machine_code.COMMAND}, and review the tables' diff"
+    assert list(machine_code.differences(sample, every=False)) == [], update
 
 
 @pytest.mark.parametrize(
