@@ -92,7 +92,7 @@ def run(
     if models:
         from .models import digits
 
-        with console.status("training on scikit-learn's handwritten digits"):
+        with console.status("training networks on scikit-learn's handwritten digits"):
             results.models += digits.run(target, out)
     results.save(out / "results.json")
     report.print_all(results, console)
