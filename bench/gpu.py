@@ -593,8 +593,7 @@ def bench(seconds: float, out: Path, device: str = "cuda", budget: float = 0.3) 
     from unittest import mock
 
     import torch
-    from fastdl.bench import report, runner
-    from fastdl.bench.models import digits
+    from fastdl.bench import models, report, runner
     from fastdl.bench.outcome import Results, provenance
     from rich.console import Console
 
@@ -621,7 +620,7 @@ def bench(seconds: float, out: Path, device: str = "cuda", budget: float = 0.3) 
     if left:
         results.notes.append(f"{left} cases were not measured, beside {len(done)} that were: the time was over")
     if time.monotonic() - began < seconds:
-        results.models += digits.run(target, out)
+        results.models += models.run(target, out)
     results.save(out / "results.json")
     report.print_all(results, console)
     try:

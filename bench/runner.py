@@ -90,10 +90,10 @@ def run(
     _check_all(results, families, target, console)
     time_cases(results, quick, families, target, compile, budget, console)
     if models:
-        from .models import digits
+        from . import models as real
 
-        with console.status("training networks on scikit-learn's handwritten digits"):
-            results.models += digits.run(target, out)
+        with console.status("training models on real data"):
+            results.models += real.run(target, out)
     results.save(out / "results.json")
     report.print_all(results, console)
     report.write_files(results, out)

@@ -277,8 +277,7 @@ def test_calls_reach_every_family(monkeypatch, capsys):
 @pytest.fixture
 def measured(run, monkeypatch):
     """A benchmark of a few small cases on the CPU."""
-    from fastdl.bench import cases, roofline
-    from fastdl.bench.models import digits
+    from fastdl.bench import cases, models, roofline
 
     def timed(family, device):
         some = {"128x128x128 relu", "256x256 relu"}
@@ -287,7 +286,7 @@ def measured(run, monkeypatch):
     real = cases.timed
     monkeypatch.setattr(cases, "timed", timed)
     monkeypatch.setattr(roofline, "measure", lambda device, dtypes: (1e10, {str(d)[6:]: 1e11 for d in dtypes}))
-    monkeypatch.setattr(digits, "run", lambda *_: [])
+    monkeypatch.setattr(models, "run", lambda *_: [])
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # seconds a case
     run.folder.mkdir(parents=True)
     return run

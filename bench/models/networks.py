@@ -9,7 +9,7 @@ from torch import Tensor, nn
 class LinearReLU(nn.Linear):
     """What :class:`fastdl.nn.LinearReLU` replaces."""
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: D102
+    def forward(self, input: Tensor) -> Tensor:
         return F.relu(super().forward(input))
 
 
@@ -46,7 +46,7 @@ class Block(nn.Module):
         if stride != 1 or inputs != outputs:
             self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
 
-    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+    def forward(self, x: Tensor) -> Tensor:
         y = self.relu(self.norm1(self.convolution1(x)))
         return self.relu(self.norm2(self.convolution2(y)) + self.shortcut(x))
 
