@@ -245,7 +245,9 @@ _LIBRARY = torch.library.Library("fastdl", "DEF")
 
 def _key(argument: Any) -> Any:
     if isinstance(argument, Tensor):
-        return argument.shape, argument.dtype, argument.device
+        # Kernels for images differ in speed between memory formats.
+        strides = argument.stride() if argument.dim() == 4 else None
+        return argument.shape, argument.dtype, argument.device, strides
     return tuple(argument) if isinstance(argument, list) else argument
 
 

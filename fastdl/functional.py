@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,10 +12,11 @@ from torch import Tensor
 from fastdl import activations
 from fastdl.activations import Activation
 from fastdl.dispatch import AUTO_ORDER, Op, Selection, UnsupportedError, is_plain, state
+from fastdl.ops import conv as _conv
 from fastdl.ops import linear as _linear
 from fastdl.ops.activation import ACTIVATION, ActivationFunction
 
-__all__ = ["elu", "gelu", "leaky_relu", "linear", "relu", "sigmoid", "silu", "tanh"]
+__all__ = ["conv1d", "conv2d", "elu", "gelu", "leaky_relu", "linear", "relu", "sigmoid", "silu", "tanh"]
 
 
 def linear(
@@ -59,6 +61,160 @@ def linear(
         return op(requested, input, weight, bias, kind, parameter, selection=selection)  # type: ignore[no-any-return]
     result: Any = _linear.LinearFunction.apply(input, weight, bias, kind, parameter, requested, selection)
     return result[0] if two_outputs else result  # type: ignore[no-any-return]
+
+
+def conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: str | int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    *,
+    activation: str | Activation | None = None,
+) -> Tensor:
+    """activation(conv2d(input, weight) + bias), fused.
+
+    As :func:`torch.nn.functional.conv2d`, with autocast; output and gradients are channels_last where torch's are.
+
+    Args:
+        input: (N, in_channels, H, W) or (in_channels, H, W); float32, float16, bfloat16 or float64.
+        weight: (out_channels, in_channels / groups, R, S), of the same dtype and device.
+        bias: (out_channels,) or None.
+        stride, dilation: one number, or two.
+        padding: the same, or ``"valid"`` (none) or ``"same"`` (as much as keeps H and W; stride 1 only).
+        groups: into which channels are divided, each with kernels of its own.
+        activation: as for :func:`linear`.
+
+    Returns:
+        (N, out_channels, P, Q) or (out_channels, P, Q).
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        ValueError: an unknown activation.
+        RuntimeError: shapes, dtypes, devices, strides or paddings that do not fit.
+        fastdl.UnsupportedError: a backend named by ``use_backend`` that can't do this call.
+    """
+    return _convolution("conv2d", 2, input, weight, bias, stride, padding, dilation, groups, activation)
+
+
+def conv1d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: str | int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    *,
+    activation: str | Activation | None = None,
+) -> Tensor:
+    """activation(conv1d(input, weight) + bias), fused; as :func:`torch.nn.functional.conv1d`.
+
+    Args:
+        input: (N, in_channels, L) or (in_channels, L).
+        weight: (out_channels, in_channels / groups, S).
+        bias, stride, padding, dilation, groups, activation: as for :func:`conv2d`.
+
+    Returns:
+        (N, out_channels, Q) or (out_channels, Q).
+
+    Raises:
+        As :func:`conv2d`.
+    """
+    return _convolution("conv1d", 1, input, weight, bias, stride, padding, dilation, groups, activation)
+
+
+def _convolution(
+    name: str,
+    dimensions: int,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int | Sequence[int],
+    padding: str | int | Sequence[int],
+    dilation: int | Sequence[int],
+    groups: int,
+    activation: str | Activation | None,
+) -> Tensor:
+    kind, parameter = activations.resolve(activation)
+    for argument, tensor in (("input", input), ("weight", weight), ("bias", bias)):
+        if not isinstance(tensor, Tensor) and (tensor is not None or argument != "bias"):
+            raise TypeError(f"{name}: {argument} must be a tensor; got {type(tensor).__name__}")
+    if not isinstance(groups, int | torch.SymInt):
+        raise TypeError(f"{name}: groups must be an integer; got {groups!r}")
+    rank, sizes = dimensions + 2, "height, width" if dimensions == 2 else "length"
+    if weight.dim() != rank:
+        raise RuntimeError(
+            f"{name}: weight has shape {tuple(weight.shape)}, allowed: (out_channels, in_channels / groups, {sizes})"
+        )
+    batched = input.dim() == rank
+    if not batched and input.dim() != rank - 1:
+        raise RuntimeError(
+            f"{name}: input has shape {tuple(input.shape)}, allowed: (N, channels, {sizes}) or (channels, {sizes})"
+        )
+    stride = _numbers(name, "stride", stride, dimensions, 1)
+    dilation = _numbers(name, "dilation", dilation, dimensions, 1)
+    if not batched:
+        input = input.unsqueeze(0)
+    if dimensions == 1:  # torch, too, makes these contiguous
+        input, weight = input.contiguous().unsqueeze(2), weight.unsqueeze(2)
+    if isinstance(padding, str):
+        input, padding = _named_padding(name, padding, input, weight, stride, dilation)
+    else:
+        padding = _numbers(name, "padding", padding, dimensions, 0)
+    output = _convolution_2d(input, weight, bias, (stride, padding, dilation, groups, kind, parameter))
+    if dimensions == 1:
+        output = output.squeeze(2)
+    return output if batched else output.squeeze(0)
+
+
+def _convolution_2d(input: Tensor, weight: Tensor, bias: Tensor | None, options: tuple[Any, ...]) -> Tensor:
+    requested = state.requested
+    compiling = torch.compiler.is_compiling()
+    if not is_plain(compiling, input, weight, bias):
+        return _reference(_conv.CONV, requested, input, weight, bias, *options)  # type: ignore[no-any-return]
+    if input.device.type in AUTO_ORDER and torch.is_autocast_enabled(input.device.type):
+        input, weight, bias = _autocast(input, weight, bias)
+    training = torch.is_grad_enabled() and (
+        input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    )
+    two_outputs = training and activations.saves(*options[-2:]) == "preactivation"
+    op = _conv.CONV_WITH_PREACTIVATION if two_outputs else _conv.CONV
+    selection = _select(op, requested, training, compiling, input, weight, bias, *options)
+    if selection is not None and selection.backend == "torch":
+        return _conv.reference(input, weight, bias, *options)
+    if not training:
+        return op(requested, input, weight, bias, *options, selection=selection)  # type: ignore[no-any-return]
+    result: Any = _conv.ConvFunction.apply(input, weight, bias, *options, requested, selection)
+    return result[0] if two_outputs else result  # type: ignore[no-any-return]
+
+
+def _numbers(name: str, argument: str, value: Any, dimensions: int, alone: int) -> tuple[int, int]:
+    """One number for each of height and width; ``alone`` is for the height of a 1-D convolution."""
+    numbers = value if isinstance(value, tuple | list | torch.Size) else (value,)
+    if not all(isinstance(number, int | torch.SymInt) for number in numbers):
+        raise TypeError(f"{name}: {argument} must be an integer or {dimensions} of them; got {value!r}")
+    if len(numbers) not in (1, dimensions):
+        raise RuntimeError(f"{name}: {argument} is {value!r}, allowed: one number or {dimensions}")
+    return (alone, numbers[0]) if dimensions == 1 else (numbers[0], numbers[-1])
+
+
+def _named_padding(
+    name: str, padding: str, input: Tensor, weight: Tensor, stride: tuple[int, int], dilation: tuple[int, int]
+) -> tuple[Tensor, tuple[int, int]]:
+    """The input, padded at its end where "same" needs more there than at the beginning, and the padding of both."""
+    if padding == "valid":
+        return input, (0, 0)
+    if padding != "same":
+        raise RuntimeError(f"{name}: padding is {padding!r}, allowed: 'same', 'valid' or numbers")
+    if max(stride) > 1:
+        raise RuntimeError(f"{name}: padding is 'same' and stride is {max(stride)}, allowed: stride 1")
+    height, width = [d * (kernel - 1) for d, kernel in zip(dilation, weight.shape[2:], strict=True)]
+    if height % 2 or width % 2:
+        input = F.pad(input, (0, width % 2, 0, height % 2))
+    return input, (height // 2, width // 2)
 
 
 def relu(input: Tensor, inplace: bool = False) -> Tensor:

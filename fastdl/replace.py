@@ -17,6 +17,8 @@ Selector = type[Module] | str
 
 # A family adds its layers here, one line each: torch's class and ours.
 REPLACEMENTS: dict[type[Module], type[Module]] = {
+    torch.nn.Conv1d: nn.Conv1d,
+    torch.nn.Conv2d: nn.Conv2d,
     torch.nn.Linear: nn.Linear,
     torch.nn.ReLU: nn.ReLU,
     torch.nn.LeakyReLU: nn.LeakyReLU,
@@ -116,7 +118,7 @@ def explain(model: Module, *example: Any, **keywords: Any) -> Explanation:
     modules = list(_modules(model))
     calls = _watch(model, example, keywords) if example or keywords else None
     rows = Explanation()
-    ours = set(REPLACEMENTS.values()) | {nn.LinearReLU}
+    ours = set(REPLACEMENTS.values()) | {nn.ConvReLU2d, nn.LinearReLU}
     for name, module in modules:
         kind = type(module)
         label = kind.__name__ if kind.__module__.startswith("torch.") else f"{kind.__module__}.{kind.__qualname__}"

@@ -1,0 +1,351 @@
+"""Fused 2-D convolution, activation(conv2d(input, weight) + bias): ops, gradients and implementations by backend.
+
+A 1-D convolution is one of height 1; :mod:`fastdl.functional` adds and takes away that dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._prims_common import suggest_memory_format
+
+from fastdl import accuracy, activations
+from fastdl.dispatch import Op, Support
+from fastdl.ops import _native
+
+Pair = Sequence[int]  # of height and width
+
+
+def reference(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+    kind: int,
+    parameter: float,
+) -> Tensor:
+    """activation(conv2d(input, weight) + bias) by torch's operators."""
+    return activations.reference(F.conv2d(input, weight, bias, stride, padding, dilation, groups), kind, parameter)
+
+
+def _reference_with_preactivation(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+    kind: int,
+    parameter: float,
+) -> tuple[Tensor, Tensor]:
+    z = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    return activations.reference(z, kind, parameter) if kind else z.clone(), z
+
+
+def reference_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    saved: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+    kind: int,
+    parameter: float,
+    needs: Sequence[bool],
+    grad_preactivation: Tensor | None = None,
+) -> list[Tensor]:
+    """Those gradients of input, weight and bias that are needed, by torch's operators, so differentiable again.
+
+    Args:
+        grad_output, saved: (N, K, P, Q); input: (N, C, H, W), of which only the shape is read unless the gradient of
+            the weight is needed; weight: (K, C / groups, R, S).
+        grad_preactivation: (N, K, P, Q), added to the pre-activation's gradient.
+    """
+    dz = activations.reference_gradient(grad_output, saved, kind, parameter)
+    if grad_preactivation is not None:
+        dz = dz + grad_preactivation
+    channels = [weight.shape[0]] if needs[2] else None
+    gradients = torch.ops.aten.convolution_backward(
+        dz, input, weight, channels, stride, padding, dilation, False, [0, 0], groups, needs
+    )
+    return [gradient for gradient, need in zip(gradients, needs, strict=True) if need]
+
+
+def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
+    """How many positions a kernel takes along one axis."""
+    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+
+
+def _check(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+    kind: int,
+    parameter: float,
+) -> None:
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype != input.dtype:
+            raise RuntimeError(f"conv: {name} has dtype {tensor.dtype}, allowed: {input.dtype}, the dtype of input")
+        if tensor is not None and tensor.device != input.device:
+            raise RuntimeError(f"conv: {name} is on {tensor.device}, allowed: {input.device}, the device of input")
+    for name, values, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
+        if min(values) < least:
+            raise RuntimeError(f"conv: {name} is {tuple(values)}, allowed: {least} or more")
+    if groups < 1:
+        raise RuntimeError(f"conv: groups is {groups}, allowed: 1 or more")
+    if weight.dim() != 4:
+        raise RuntimeError(
+            f"conv: weight has shape {tuple(weight.shape)}, allowed: (out_channels, channels / groups, height, width)"
+        )
+    if input.dim() != 4:
+        raise RuntimeError(f"conv: input has shape {tuple(input.shape)}, allowed: (N, channels, height, width)")
+    if weight.shape[0] < 1 or weight.shape[0] % groups:
+        raise RuntimeError(
+            f"conv: weight has shape {tuple(weight.shape)}, allowed: {groups} or a multiple of it as its first size, "
+            f"since groups is {groups}"
+        )
+    if min(weight.shape[2:]) < 1:
+        raise RuntimeError(f"conv: weight has shape {tuple(weight.shape)}, allowed: a kernel of 1 x 1 or more")
+    if input.shape[1] != weight.shape[1] * groups:
+        raise RuntimeError(
+            f"conv: input has shape {tuple(input.shape)}, allowed: {weight.shape[1] * groups} channels, since weight "
+            f"has shape {tuple(weight.shape)} and groups is {groups}"
+        )
+    for size, kernel, p, d in zip(input.shape[2:], weight.shape[2:], padding, dilation, strict=True):
+        if size + 2 * p < d * (kernel - 1) + 1:
+            raise RuntimeError(
+                f"conv: input has shape {tuple(input.shape)}, allowed: with padding {tuple(padding)} at least the "
+                f"kernel's size, {tuple(d * (k - 1) + 1 for k, d in zip(weight.shape[2:], dilation, strict=True))}"
+            )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise RuntimeError(f"conv: bias has shape {tuple(bias.shape)}, allowed: ({weight.shape[0]},)")
+    if not activations.accepts(input.dtype, kind):
+        raise RuntimeError(f"conv: input has dtype {input.dtype}, allowed with an activation: floating-point dtypes")
+
+
+def _limit(input: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> str | None:
+    return activations.limit(*arguments[-2:])
+
+
+def _limit_with_preactivation(input: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> str | None:
+    kind, parameter = arguments[-2:]
+    return activations.limit(kind, parameter) or (None if kind else "kind is none, allowed: an activation")
+
+
+def _shape_class(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+    kind: int,
+    parameter: float,
+) -> tuple[str, tuple[int, ...]]:
+    out_channels, channels, *kernel = weight.shape
+    if groups > 1:
+        sort = "depthwise" if channels == 1 else "grouped"
+    else:
+        sort = "1x1" if kernel == [1, 1] else "dense"
+    layout = "channels last" if memory_format(input, weight) is torch.channels_last else "contiguous"
+    _, _, p, q = _output_shape(input, weight, stride, padding, dilation)
+    label = f"{sort} {'fused' if kind else 'plain'}, {layout}"
+    return label, (input.shape[0] * p * q, channels * kernel[0] * kernel[1], out_channels)
+
+
+def _output_shape(input: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair) -> tuple[int, ...]:
+    sizes = zip(input.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+    # torch gives no channels where the input has none
+    return (input.shape[0], weight.shape[0] if weight.shape[1] else 0, *(output_size(*size) for size in sizes))
+
+
+def memory_format(input: Tensor, weight: Tensor) -> torch.memory_format:
+    """The memory format of the output and all gradients, by torch's rule: channels last if input or weight is."""
+    return torch.channels_last if _is_channels_last(input) or _is_channels_last(weight) else torch.contiguous_format
+
+
+def _is_channels_last(tensor: Tensor) -> bool:
+    strides = tensor.stride()
+    # The first comparison settles most tensors; torch's rule in full costs some microseconds.
+    return bool(strides[1] <= strides[3]) and suggest_memory_format(tensor) is torch.channels_last
+
+
+def _fake(input: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair, d: Pair, *_: Any) -> Tensor:
+    shape = _output_shape(input, weight, stride, padding, d)
+    return input.new_empty(shape).to(memory_format=memory_format(input, weight))
+
+
+def _fake_backward(grad_output: Tensor, input: Tensor, weight: Tensor, *arguments: Any) -> list[Tensor]:
+    *_, needs, _ = arguments
+    gradients = [
+        grad_output.new_empty(tensor.shape).to(memory_format=memory_format(input, weight))
+        for tensor, need in zip((input, weight), needs, strict=False)
+        if need
+    ]
+    return [*gradients, grad_output.new_empty(weight.shape[:1])] if needs[2] else gradients
+
+
+_GEOMETRY = "int[2] stride, int[2] padding, int[2] dilation, int groups, int kind, float parameter"
+_ARGUMENTS = f"Tensor input, Tensor weight, Tensor? bias, {_GEOMETRY}, str backend"
+CONV = Op(
+    f"conv({_ARGUMENTS}) -> Tensor",
+    fake=_fake,
+    reference=reference,
+    tensors=3,
+    multiple=accuracy.MULTIPLE_LONG_REDUCTION,
+    shape_class=_shape_class,
+    check=_check,
+)
+CONV_WITH_PREACTIVATION = Op(
+    f"conv_with_preactivation({_ARGUMENTS}) -> (Tensor, Tensor)",
+    fake=lambda *args: (_fake(*args), _fake(*args)),
+    reference=_reference_with_preactivation,
+    tensors=3,
+    multiple=accuracy.MULTIPLE_LONG_REDUCTION,
+    shape_class=_shape_class,
+    check=_check,
+)
+CONV_BACKWARD = Op(
+    f"conv_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor? saved, {_GEOMETRY}, bool[3] needs, "
+    "str backend) -> Tensor[]",
+    fake=_fake_backward,
+    reference=reference_backward,
+    tensors=4,
+    multiple=accuracy.MULTIPLE_LONG_REDUCTION,
+)
+
+
+def _add(backend: str, forward: Callable[..., Any], backward: Callable[..., list[Tensor]], note: str = "") -> None:
+    """Adds a backend's implementation of the three ops.
+
+    Args:
+        forward: of (input, weight, bias, stride, padding, dilation, groups, kind, parameter, preactivation: bool);
+            returns the output, and the activation's argument or None, both in :func:`memory_format`.
+        backward: of CONV_BACKWARD's arguments; the same list as that op. ``input`` may be a stand-in of stride 0 that
+            has only the shape, unless the weight's gradient is needed.
+
+    Neither is called with an empty output or no channels; ``bias`` is contiguous, ``saved`` in the output's format.
+    """
+
+    def run(preactivation: bool, *arguments: Any) -> Any:
+        input, weight, bias, stride, padding, dilation, *rest = arguments
+        shape = _output_shape(input, weight, stride, padding, dilation)
+        if 0 in shape:
+            empty = _fake(input, weight, bias, stride, padding, dilation)
+            return empty, torch.empty_like(empty)
+        bias = None if bias is None else bias.contiguous()
+        return forward(input, weight, bias, stride, padding, dilation, *rest, preactivation)
+
+    @CONV.implement(backend, Support(_native.FLOATING, _limit, note))
+    def conv(*arguments: Any) -> Tensor:
+        return run(False, *arguments)[0]  # type: ignore[no-any-return]
+
+    @CONV_WITH_PREACTIVATION.implement(backend, Support(_native.FLOATING, _limit_with_preactivation, note))
+    def conv_with_preactivation(*arguments: Any) -> tuple[Tensor, Tensor]:
+        return run(True, *arguments)  # type: ignore[no-any-return]
+
+    @CONV_BACKWARD.implement(backend, Support(_native.FLOATING, note=note))
+    def conv_backward(
+        grad_output: Tensor, input: Tensor, weight: Tensor, saved: Tensor | None, *arguments: Any
+    ) -> list[Tensor]:
+        if grad_output.numel() == 0:
+            return reference_backward(grad_output, input, weight, saved, *arguments)
+        if saved is not None:
+            saved = saved.contiguous(memory_format=_format_of(saved))
+        return backward(grad_output, input, weight, saved, *arguments)
+
+
+def _format_of(tensor: Tensor) -> torch.memory_format:
+    return torch.channels_last if _is_channels_last(tensor) else torch.contiguous_format
+
+
+def _empty(shape: Sequence[int], like: Tensor, format: torch.memory_format) -> Tensor:
+    """An uninitialised tensor of ``like``'s dtype and device."""
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=format)
+
+
+# ---------------------------------------------------------------------------------------------------------------- cpu
+
+
+def _cpu_forward(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+    kind: int,
+    parameter: float,
+    preactivation: bool,
+) -> tuple[Tensor, Tensor | None]:
+    z = torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    y = activations.reference(z, kind, parameter)
+    return y, z if preactivation else None
+
+
+_add("cpu", _cpu_forward, reference_backward)
+
+
+# ---------------------------------------------------------------------------------------------------------- autograd
+
+
+class ConvFunction(torch.autograd.Function):
+    """Autograd of the fused convolution.
+
+    Saves the input if the weight's gradient is needed, the weight, and the output or the pre-activation, whichever the
+    activation's gradient is made of. The pre-activation is an output of the Function, so that double backward flows
+    through it like through any other.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> Any:
+        *geometry, kind, parameter, requested, selection = arguments
+        needs = ctx.needs_input_grad[:3]
+        ctx.set_materialize_grads(False)
+        ctx.arguments = *geometry, kind, parameter, needs
+        ctx.requested = requested
+        # Without the weight's gradient only the input's shape and memory format matter; the weight brings the latter.
+        x, w = input, weight
+        if not needs[1]:
+            w = weight.to(memory_format=memory_format(input, weight))
+            x = input.new_empty(()).expand(input.shape)
+        op_arguments = input, weight, bias, *geometry, kind, parameter
+        if activations.saves(kind, parameter) == "preactivation":
+            output, z = CONV_WITH_PREACTIVATION(requested, *op_arguments, selection=selection)
+            ctx.save_for_backward(x, w, z)
+            return output, z
+        output = CONV(requested, *op_arguments, selection=selection)
+        ctx.save_for_backward(x, w, output if kind else None)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor | None, grad_preactivation: Tensor | None = None) -> Any:
+        input, weight, saved = ctx.saved_tensors
+        double = grad_preactivation is not None or torch.is_grad_enabled()
+        if grad_output is None:
+            if grad_preactivation is None:
+                return (None,) * 11
+            grad_output = torch.zeros_like(grad_preactivation)
+        if double and not torch.compiler.is_compiling():
+            arguments = grad_output, input, weight, saved, *ctx.arguments
+            gradients = reference_backward(*arguments, grad_preactivation=grad_preactivation)
+        else:
+            gradients = CONV_BACKWARD(ctx.requested, grad_output, input, weight, saved, *ctx.arguments)
+        rest = iter(gradients)
+        return *(next(rest) if need else None for need in ctx.arguments[-1]), *(None,) * 8
