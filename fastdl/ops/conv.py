@@ -343,8 +343,8 @@ class ConvFunction(torch.autograd.Function):
                 return (None,) * 11
             grad_output = torch.zeros_like(grad_preactivation)
         if double and not torch.compiler.is_compiling():
-            arguments = grad_output, input, weight, saved, *ctx.arguments
-            gradients = reference_backward(*arguments, grad_preactivation=grad_preactivation)
+            arguments = (grad_output, input, weight, saved, *ctx.arguments, grad_preactivation)
+            gradients = reference_backward(*arguments)
         else:
             gradients = CONV_BACKWARD(ctx.requested, grad_output, input, weight, saved, *ctx.arguments)
         rest = iter(gradients)
