@@ -6,4 +6,9 @@ namespace fastdl::ISA {
 void linear(const LinearArguments&);
 void activation_forward(const ForwardArguments&);
 void activation_backward(const BackwardArguments&);
+void conv_1x1(const Conv1x1Arguments&);
+void conv_1x1_weight_gradient(const Conv1x1GradientArguments&);
+void depthwise(const DepthwiseArguments&);
+void depthwise_weight_gradient(const DepthwiseArguments&);
+void channel_gradient(const ChannelGradientArguments&);
 }  // namespace fastdl::ISA

@@ -5,5 +5,9 @@
 #define STRING(x) STRING_OF(x)
 
 namespace fastdl::ISA {
-extern const Kernels kernels = {STRING(ISA), linear, activation_forward, activation_backward};
+extern const Kernels kernels = {STRING(ISA),        linear,
+                                activation_forward, activation_backward,
+                                conv_1x1,           conv_1x1_weight_gradient,
+                                depthwise,          depthwise_weight_gradient,
+                                channel_gradient};
 }

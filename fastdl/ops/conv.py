@@ -15,7 +15,7 @@ from torch._prims_common import suggest_memory_format
 
 from fastdl import accuracy, activations
 from fastdl.dispatch import Op, Support
-from fastdl.ops import _native
+from fastdl.ops import _native, linear
 
 Pair = Sequence[int]  # of height and width
 
@@ -279,6 +279,17 @@ def _empty(shape: Sequence[int], like: Tensor, format: torch.memory_format) -> T
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=format)
 
 
+def _pixels(tensor: Tensor) -> Tensor:
+    """(N, C, H, W) as (N * H * W, C): a view of a tensor that is channels last."""
+    return tensor.permute(0, 2, 3, 1).reshape(-1, tensor.shape[1])
+
+
+def _image(rows: Tensor, shape: Sequence[int]) -> Tensor:
+    """The reverse."""
+    n, c, h, w = shape
+    return rows.view(n, h, w, c).permute(0, 3, 1, 2)
+
+
 # ---------------------------------------------------------------------------------------------------------------- cpu
 
 
@@ -294,12 +305,292 @@ def _cpu_forward(
     parameter: float,
     preactivation: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    z = torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
-    y = activations.reference(z, kind, parameter)
+    format = memory_format(input, weight)
+    if _is_1x1(weight, stride, padding, groups):
+        x = input.contiguous(memory_format=format)
+        if _takes_1x1(x, format):
+            return _cpu_1x1(x, weight.flatten(1), bias, kind, parameter, preactivation, format)
+    elif _takes_depthwise(weight, groups, format, input.dtype):
+        x, shape = input.contiguous(), _output_shape(input, weight, stride, padding, dilation)
+        options = (stride, padding, dilation, (1, 1), False, kind, parameter)
+        y, z = _depthwise(x, weight, bias, shape, *options, preactivation)
+        return y.contiguous(memory_format=format), None if z is None else z.contiguous(memory_format=format)
+    z = _library(input, weight, bias, stride, padding, dilation, groups)
+    if not kind:
+        return z, None
+    # The library's own fused relu would turn NaN into 0.
+    y = torch.empty_like(z) if preactivation else z
+    _native.kernels("cpu").activation(
+        _native.DTYPE_CODES[z.dtype], z.data_ptr(), y.data_ptr(), z.numel(), kind, parameter, _native.context(z)
+    )
     return y, z if preactivation else None
 
 
-_add("cpu", _cpu_forward, reference_backward)
+def _cpu_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    saved: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+    kind: int,
+    parameter: float,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    format = memory_format(input, weight)
+    dz, grad_bias = grad_output.contiguous(memory_format=format), None
+    if saved is not None or needs[2]:
+        dz, grad_bias = _activation_and_bias_gradient(dz, saved, kind, parameter, needs[2], format)
+    geometry = (stride, padding, dilation)
+    gradients: list[Tensor] = []
+    if not (needs[0] or needs[1]):
+        pass
+    elif _is_1x1(weight, stride, padding, groups):
+        gradients = _cpu_1x1_backward(dz, input, weight, needs, format)
+    elif _takes_depthwise(weight, groups, format, dz.dtype, max(stride)):
+        gradients = _depthwise_backward(dz, input, weight, *geometry, needs)
+        gradients = [gradient.contiguous(memory_format=format) for gradient in gradients]
+    else:
+        gradients = _library_backward(dz, input, weight, *geometry, groups, needs)
+    return gradients if grad_bias is None else [*gradients, grad_bias]
+
+
+def _activation_and_bias_gradient(
+    grad: Tensor, saved: Tensor | None, kind: int, parameter: float, bias: bool, format: torch.memory_format
+) -> tuple[Tensor, Tensor | None]:
+    """dz = grad * activation'(saved), and its sums by channel if ``bias``, in one pass; both dense in ``format``."""
+    if format is torch.channels_last:
+        rows = None if saved is None else _pixels(saved)
+        dz, grad_bias = linear.activation_and_bias_gradient("cpu", _pixels(grad), rows, kind, parameter, bias)
+        return _image(dz, grad.shape), grad_bias
+    n, channels, height, width = grad.shape
+    dz = grad if saved is None else _native.empty(grad.shape, grad)
+    grad_bias = grad.new_empty(channels) if bias else None
+    _native.kernels("cpu").channel_gradient(
+        _native.DTYPE_CODES[grad.dtype],
+        grad.data_ptr(),
+        _native.address(saved),
+        0 if saved is None else dz.data_ptr(),
+        _native.address(grad_bias),
+        n,
+        channels,
+        height * width,
+        kind,
+        parameter,
+        _native.context(grad),
+    )
+    return dz, grad_bias
+
+
+def _library(
+    input: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair, dilation: Pair, groups: int
+) -> Tensor:
+    """conv2d by torch's libraries; float16, for which they have no fast kernels, in float32."""
+    if input.dtype != torch.float16:
+        return torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    bias = None if bias is None else bias.float()
+    return torch.conv2d(input.float(), weight.float(), bias, stride, padding, dilation, groups).half()
+
+
+def _library_backward(
+    dz: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """The needed gradients of input and weight by torch's libraries."""
+    if dz.dtype == torch.float16:
+        x = input.float() if needs[1] else input
+        arguments = dz.float(), x, weight.float(), stride, padding, dilation, groups, needs
+        return [gradient.half() for gradient in _library_backward(*arguments)]
+    if needs[1]:
+        mask = [needs[0], True, False]
+        gradients = torch.ops.aten.convolution_backward(
+            dz, input, weight, None, stride, padding, dilation, False, [0, 0], groups, mask
+        )
+        return [gradient for gradient in gradients if gradient is not None]
+    # The same as a transposed convolution, which does not ask for the input.
+    lost = [
+        (size + 2 * p - d * (kernel - 1) - 1) % s
+        for size, kernel, s, p, d in zip(input.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+    ]
+    return [torch.ops.aten.convolution(dz, weight, None, stride, padding, dilation, True, lost, groups)]
+
+
+def _is_1x1(weight: Tensor, stride: Pair, padding: Pair, groups: int) -> bool:
+    return weight.shape[2] == weight.shape[3] == groups == max(stride) == 1 and max(padding) == 0
+
+
+def _takes_1x1(x: Tensor, format: torch.memory_format) -> bool:
+    """Whether a 1x1 convolution takes the package's GEMM."""
+    # In channels_last, packing many pixels costs a pass over memory that oneDNN saves, where it has kernels.
+    pixels = x.numel() // x.shape[1]
+    return format is torch.contiguous_format or pixels <= 4096 or x.dtype not in (torch.float32, torch.bfloat16)
+
+
+def _cpu_1x1(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    kind: int,
+    parameter: float,
+    preactivation: bool,
+    format: torch.memory_format,
+) -> tuple[Tensor, Tensor | None]:
+    """activation(w @ each pixel + bias); x (N, C, H, W) dense in ``format``, w (K, C) of any strides."""
+    n, channels, height, width = x.shape
+    shape = (n, w.shape[0], height, width)
+    if format is torch.channels_last:
+        rows = _pixels(x)
+        z = _native.empty((rows.shape[0], w.shape[0]), x) if preactivation else None
+        y = linear.packed(rows, w, bias, kind, parameter, z)
+        return _image(y, shape), None if z is None else _image(z, shape)
+    w, row_stride, column_stride = linear.operand(w)
+    y = _native.empty(shape, x)
+    z = _native.empty(shape, x) if preactivation else None
+    _native.kernels("cpu").conv_1x1(
+        _native.DTYPE_CODES[x.dtype],
+        x.data_ptr(),
+        w.data_ptr(),
+        row_stride,
+        column_stride,
+        _native.address(bias),
+        y.data_ptr(),
+        _native.address(z),
+        n,
+        channels,
+        w.shape[0],
+        height * width,
+        kind,
+        parameter,
+        _native.context(x),
+    )
+    return y, z
+
+
+def _cpu_1x1_backward(
+    dz: Tensor, input: Tensor, weight: Tensor, needs: Sequence[bool], format: torch.memory_format
+) -> list[Tensor]:
+    """The needed gradients of input and weight of a 1x1 convolution; dz dense in ``format``."""
+    gradients = []
+    if needs[0] and _takes_1x1(dz, format):
+        gradients = [_cpu_1x1(dz, weight.flatten(1).t(), None, 0, 0.0, False, format)[0]]
+    elif needs[0]:
+        gradients = [torch.conv2d(dz, weight.transpose(0, 1))]
+    if not needs[1]:
+        return gradients
+    out_channels, channels = weight.shape[:2]
+    x = input.contiguous(memory_format=format)
+    if format is torch.channels_last:
+        gradient = linear.packed(_pixels(dz).t(), _pixels(x).t())
+        return [*gradients, _image(gradient, weight.shape)]
+    gradient = _native.empty(weight.shape, weight)
+    _native.kernels("cpu").conv_1x1_weight_gradient(
+        _native.DTYPE_CODES[x.dtype],
+        dz.data_ptr(),
+        x.data_ptr(),
+        gradient.data_ptr(),
+        x.shape[0],
+        channels,
+        out_channels,
+        x.shape[2] * x.shape[3],
+        _native.context(x),
+    )
+    return [*gradients, gradient]
+
+
+def _takes_depthwise(
+    weight: Tensor, groups: int, format: torch.memory_format, dtype: torch.dtype, slow_stride: int = 1
+) -> bool:
+    """Whether the package's depthwise kernels, made for NCHW, do better than oneDNN's, made for channels_last."""
+    depthwise = weight.shape[1] == 1 and weight.shape[0] == groups > 1
+    # oneDNN has nothing for a strided gradient in bfloat16, nor for the other dtypes.
+    known = dtype == torch.float32 or (dtype == torch.bfloat16 and slow_stride == 1)
+    return depthwise and (format is torch.contiguous_format or not known)
+
+
+def _depthwise(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    shape: Sequence[int],
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    upsample: Pair,
+    flip: bool,
+    kind: int,
+    parameter: float,
+    preactivation: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """A depthwise convolution of x, NCHW, with upsample - 1 zeros between its neighbours, to an output of ``shape``."""
+    y = _native.empty(tuple(shape), x)
+    z = _native.empty(tuple(shape), x) if preactivation else None
+    weight = weight.contiguous()
+    _native.kernels("cpu").depthwise(
+        _native.DTYPE_CODES[x.dtype],
+        x.data_ptr(),
+        weight.data_ptr(),
+        _native.address(bias),
+        y.data_ptr(),
+        _native.address(z),
+        x.shape[0],
+        x.shape[1],
+        x.shape[2:],
+        shape[2:],
+        weight.shape[2:],
+        stride,
+        padding,
+        dilation,
+        upsample,
+        flip,
+        kind,
+        parameter,
+        _native.context(x),
+    )
+    return y, z
+
+
+def _depthwise_backward(
+    dz: Tensor, input: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair, needs: Sequence[bool]
+) -> list[Tensor]:
+    """The needed gradients of input and weight of a depthwise convolution, NCHW."""
+    dz, gradients = dz.contiguous(), []
+    if needs[0]:
+        # The flipped kernel over the gradients, which lie as far apart as the stride.
+        sizes = zip(weight.shape[2:], padding, dilation, strict=True)
+        around = [d * (kernel - 1) - p for kernel, p, d in sizes]
+        options = ((1, 1), around, dilation, stride, True, 0, 0.0, False)
+        gradients = [_depthwise(dz, weight, None, input.shape, *options)[0]]
+    if not needs[1]:
+        return gradients
+    x, gradient = input.contiguous(), _native.empty(weight.shape, weight)
+    _native.kernels("cpu").depthwise_weight_gradient(
+        _native.DTYPE_CODES[x.dtype],
+        dz.data_ptr(),
+        x.data_ptr(),
+        gradient.data_ptr(),
+        x.shape[0],
+        x.shape[1],
+        x.shape[2:],
+        dz.shape[2:],
+        weight.shape[2:],
+        stride,
+        padding,
+        dilation,
+        _native.context(x),
+    )
+    return [*gradients, gradient]
+
+
+_CPU_NOTE = "own kernels for 1x1, depthwise and all activations; other products by oneDNN, float64's by ATen"
+_add("cpu", _cpu_forward, _cpu_backward, _CPU_NOTE)
 
 
 # ---------------------------------------------------------------------------------------------------------- autograd

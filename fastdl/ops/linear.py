@@ -187,7 +187,7 @@ def _packed_is_better(m: int, n: int, k: int, dtype: torch.dtype, fused: bool) -
     return fused or dtype == torch.float16 or min(m, k) > few or m * n * k <= 1 << 21
 
 
-def _operand(matrix: Tensor) -> tuple[Tensor, int, int]:
+def operand(matrix: Tensor) -> tuple[Tensor, int, int]:
     """A matrix with stride 1 along one axis, as the packed GEMM wants it: itself or a copy, and its two strides."""
     rows, columns = matrix.shape
     row_stride, column_stride = matrix.stride()
@@ -199,7 +199,7 @@ def _operand(matrix: Tensor) -> tuple[Tensor, int, int]:
     return matrix.contiguous(), max(columns, 1), 1
 
 
-def _packed(
+def packed(
     x: Tensor,
     w: Tensor,
     bias: Tensor | None = None,
@@ -209,8 +209,8 @@ def _packed(
 ) -> Tensor:
     """activation(x @ w.T + bias), (M, N), by the packed GEMM; ``preactivation`` (M, N) receives its argument."""
     (m, k), n = x.shape, w.shape[0]
-    x, x_row_stride, x_column_stride = _operand(x)
-    w, w_row_stride, w_column_stride = _operand(w)
+    x, x_row_stride, x_column_stride = operand(x)
+    w, w_row_stride, w_column_stride = operand(w)
     output = _native.empty((m, n), x)
     _native.kernels("cpu").linear(
         _native.DTYPE_CODES[x.dtype],
@@ -239,7 +239,7 @@ def _cpu_forward(
     (m, k), n = x.shape, weight.shape[0]
     if _packed_is_better(m, n, k, x.dtype, fused=True):
         z = _native.empty((m, n), x) if preactivation else None
-        return _packed(x, weight, bias, kind, parameter, z), z
+        return packed(x, weight, bias, kind, parameter, z), z
     # In 16 bits the product would be rounded before a bias added later: then the library adds it.
     later = None if kind == 0 or x.dtype.itemsize == 2 else bias
     y, z = _product(x, weight, bias if later is None else None), None
@@ -265,7 +265,7 @@ def _cpu_matmul(x: Tensor, w: Tensor) -> Tensor:
     """x @ w.T for a gradient; x (M, K), w (N, K), any strides."""
     (m, k), n = x.shape, w.shape[0]
     if m * n and _packed_is_better(m, n, k, x.dtype, fused=False):
-        return _packed(x, w)
+        return packed(x, w)
     return _product(x, w, None)
 
 
@@ -280,7 +280,7 @@ def _cpu_backward(
 ) -> list[Tensor]:
     grad_bias = None
     if saved is not None or bias:
-        grad, grad_bias = _activation_and_bias_gradient("cpu", grad, saved, kind, parameter, bias)
+        grad, grad_bias = activation_and_bias_gradient("cpu", grad, saved, kind, parameter, bias)
     gradients = [] if weight is None else [_cpu_matmul(grad, weight.t())]
     if x is not None:
         gradients.append(_cpu_matmul(grad.t(), x.t()))
@@ -290,7 +290,7 @@ def _cpu_backward(
 # ------------------------------------------------------------------------------------------------ native: cpu and cuda
 
 
-def _activation_and_bias_gradient(
+def activation_and_bias_gradient(
     backend: str, grad: Tensor, saved: Tensor | None, kind: int, parameter: float, bias: bool
 ) -> tuple[Tensor, Tensor | None]:
     """dz = grad * activation'(saved), and the sums of its columns if ``bias``, in one pass; grad, saved (M, N)."""
@@ -432,7 +432,7 @@ def _cuda_backward(
     kernels, dtype, (m, n) = _native.kernels("cuda"), _native.DTYPE_CODES[grad.dtype], grad.shape
     grad_bias = None
     if saved is not None and grad.numel() > _FUSED_GRADIENT_ELEMENTS:
-        grad, grad_bias = _activation_and_bias_gradient("cuda", grad, saved, kind, parameter, bias)
+        grad, grad_bias = activation_and_bias_gradient("cuda", grad, saved, kind, parameter, bias)
         saved, kind = None, 0
     saved = None if saved is None else saved.contiguous()
     gradients = []
