@@ -98,7 +98,7 @@ struct PaddedRows {
 
   explicit PaddedRows(const DepthwiseArguments& arguments) : a(arguments) {
     constexpr int64_t band_bytes = 32 << 10;
-    run = round_up(a.out_width, 4 * lanes<S>) + (a.kernel_width - 1) * a.dilation_w / a.stride_w + lanes<S>;
+    run = round_up(a.out_width, lanes<S>) + (a.kernel_width - 1) * a.dilation_w / a.stride_w;
     row_size = a.stride_w * run;
     int64_t reach = (a.kernel_height - 1) * a.dilation_h + 1;
     int64_t fitting = band_bytes / (row_size * static_cast<int64_t>(sizeof(S)));
@@ -128,19 +128,33 @@ struct PaddedRows {
  private:
   void fill_row(S* to, const T* from) {
     // the columns that lie within the padded row
-    int64_t limit = row_size - a.padding_w;
     int64_t first = a.padding_w < 0 ? ceil_div(-a.padding_w, a.upsample_w) : 0;
-    int64_t last = min(a.width, ceil_div(limit, a.upsample_w));
+    int64_t last = min(a.width, ceil_div(row_size - a.padding_w, a.upsample_w));
     bool in_order = a.stride_w == 1 && a.upsample_w == 1;
     S* straight = in_order ? to + a.padding_w : widened;
     for (int64_t j = first; j < last; j += lanes<S>) store(straight + j, load(from + j, last - j), last - j);
     if (in_order) return;
-    for (int64_t j = first; j < last; j++) {
-      int64_t column = j * a.upsample_w + a.padding_w;
-      if (column / a.stride_w < run) to[column % a.stride_w * run + column / a.stride_w] = widened[j];
+    if (a.stride_w == 1) {
+      for (int64_t j = first; j < last; j++) to[j * a.upsample_w + a.padding_w] = widened[j];
+      return;
+    }
+    for (int64_t phase = 0; phase < a.stride_w; phase++) {
+      int64_t j = first + (phase + a.stride_w - (first + a.padding_w) % a.stride_w) % a.stride_w;
+      S* run_at = to + phase * run + (j + a.padding_w) / a.stride_w;
+      for (; j < last && run_at < to + (phase + 1) * run; j += a.stride_w) *run_at++ = widened[j];
     }
   }
 };
+
+// where each tap of a row's first output lies in PaddedRows, for all threads
+template <class T>
+static int64_t* tap_offsets(const DepthwiseArguments& a) {
+  PaddedRows<T> rows(a);
+  int64_t taps = a.kernel_height * a.kernel_width;
+  int64_t* offsets = scratch<int64_t>(split_sums, taps);
+  for (int64_t t = 0; t < taps; t++) offsets[t] = rows.tap(t / a.kernel_width, t % a.kernel_width);
+  return offsets;
+}
 
 template <class T, int kind>
 static void depthwise_of(const DepthwiseArguments& arguments) {
@@ -153,15 +167,12 @@ static void depthwise_of(const DepthwiseArguments& arguments) {
   S parameter = static_cast<S>(a.activation.parameter);
   int64_t taps = a.kernel_height * a.kernel_width, pixels = a.out_height * a.out_width;
   int64_t planes = a.images * a.channels;
+  const int64_t* offsets = tap_offsets<T>(a);
   for_each_plane(planes, planes * pixels * taps / 8, a.threads, [=](int64_t plane, int, int) {
     PaddedRows<T> rows(arguments);
     int64_t channel = plane % a.channels;
     S* weights = scratch<S>(chunk_sums, taps);
-    int64_t* offsets = scratch<int64_t>(split_sums, taps);
-    for (int64_t t = 0; t < taps; t++) {
-      weights[t] = load(weight + channel * taps + (a.flip ? taps - 1 - t : t), 1)[0];
-      offsets[t] = rows.tap(t / a.kernel_width, t % a.kernel_width);
-    }
+    for (int64_t t = 0; t < taps; t++) weights[t] = load(weight + channel * taps + (a.flip ? taps - 1 - t : t), 1)[0];
     Vector<S> first = broadcast<Vector<S>>(bias ? load(bias + channel, 1)[0] : 0);
     for (int64_t row = 0; row < a.out_height; row++) {
       if (row % rows.band == 0) rows.fill(input + plane * a.height * a.width, row);
@@ -197,6 +208,7 @@ static void depthwise_weight_gradient_of(const DepthwiseArguments& arguments) {
   T* grad_weight = static_cast<T*>(a.output);
   int64_t taps = a.kernel_height * a.kernel_width, pixels = a.out_height * a.out_width;
   int64_t planes = a.images * a.channels, work = planes * pixels * taps / 8;
+  const int64_t* offsets = tap_offsets<T>(a);
   double* sums = scratch<double>(column_sums, planes * taps);  // of each plane
   for_each_plane(planes, work, a.threads, [=](int64_t plane, int, int) {
     PaddedRows<T> rows(arguments);
@@ -208,13 +220,11 @@ static void depthwise_weight_gradient_of(const DepthwiseArguments& arguments) {
       const T* grad = grad_output + plane * pixels + band * a.out_width;
       auto some = [&](int64_t tap, auto count) __attribute__((always_inline)) {
         Vector<S> parts[count] = {};
-        int64_t offsets[count];
-        for (int i = 0; i < count; i++) offsets[i] = rows.tap((tap + i) / a.kernel_width, (tap + i) % a.kernel_width);
         for (int64_t row = 0; row < band_rows; row++) {
           const S* from = rows.at(row);
           for (int64_t column = 0; column < a.out_width; column += width) {
             Vector<S> g = load(grad + row * a.out_width + column, a.out_width - column);
-            for (int i = 0; i < count; i++) parts[i] += g * load(from + offsets[i] + column);
+            for (int i = 0; i < count; i++) parts[i] += g * load(from + offsets[tap + i] + column);
           }
         }
         for (int i = 0; i < count; i++)
