@@ -139,12 +139,14 @@ def _convolution(
     activation: str | Activation | None,
 ) -> Tensor:
     kind, parameter = activations.resolve(activation)
-    for argument, tensor in (("input", input), ("weight", weight), ("bias", bias)):
-        if not isinstance(tensor, Tensor) and (tensor is not None or argument != "bias"):
-            raise TypeError(f"{name}: {argument} must be a tensor; got {type(tensor).__name__}")
-    if not isinstance(groups, int | torch.SymInt):
+    if not (isinstance(input, Tensor) and isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor))):
+        named = {"input": input, "weight": weight, "bias": bias}
+        argument, given = next(item for item in named.items() if not isinstance(item[1], Tensor))
+        raise TypeError(f"{name}: {argument} must be a tensor; got {type(given).__name__}")
+    if type(groups) is not int and not isinstance(groups, torch.SymInt):
         raise TypeError(f"{name}: groups must be an integer; got {groups!r}")
-    rank, sizes = dimensions + 2, "height, width" if dimensions == 2 else "length"
+    rank = dimensions + 2
+    sizes = "height, width" if dimensions == 2 else "length"
     if weight.dim() != rank:
         raise RuntimeError(
             f"{name}: weight has shape {tuple(weight.shape)}, allowed: (out_channels, in_channels / groups, {sizes})"
@@ -193,6 +195,8 @@ def _convolution_2d(input: Tensor, weight: Tensor, bias: Tensor | None, options:
 
 def _numbers(name: str, argument: str, value: Any, dimensions: int, alone: int) -> tuple[int, int]:
     """One number for each of height and width; ``alone`` is for the height of a 1-D convolution."""
+    if type(value) is int:
+        return (alone, value) if dimensions == 1 else (value, value)
     numbers = value if isinstance(value, tuple | list | torch.Size) else (value,)
     if not all(isinstance(number, int | torch.SymInt) for number in numbers):
         raise TypeError(f"{name}: {argument} must be an integer or {dimensions} of them; got {value!r}")

@@ -601,6 +601,11 @@ BAD = {
     "not a tensor": (dict(input=[1.0], weight=W), TypeError, "input.*list"),
     "unknown activation": (dict(input=X, weight=W, activation="swish"), ValueError, "activation.*relu.*'swish'"),
     "no pixels": (dict(input=torch.zeros(2, 4, 0, 6), weight=W, padding=1), RuntimeError, r"input.*\(2, 4, 0, 6\)"),
+    "no pixels, but padding": (
+        dict(input=torch.zeros(2, 4, 0, 6), weight=torch.zeros(8, 4, 1, 1), padding=1),
+        RuntimeError,
+        r"input.*\(2, 4, 0, 6\).*height and width",
+    ),
     "no output channels": (dict(input=X, weight=torch.zeros(0, 4, 3, 3)), RuntimeError, r"weight.*\(0, 4, 3, 3\)"),
 }
 

@@ -94,6 +94,7 @@ struct PaddedRows {
   const DepthwiseArguments& a;
   int64_t run, row_size, rows;  // elements of a run and a row; rows that `band` outputs need
   int64_t band;                 // output rows at a time, so that their rows fit the first-level cache
+  int64_t first, last;          // columns of the plane that lie within a padded row
   S *row_data, *widened;
 
   explicit PaddedRows(const DepthwiseArguments& arguments) : a(arguments) {
@@ -104,7 +105,9 @@ struct PaddedRows {
     int64_t fitting = band_bytes / (row_size * static_cast<int64_t>(sizeof(S)));
     band = max(1, min(a.out_height, (fitting - reach) / a.stride_h + 1));
     rows = (band - 1) * a.stride_h + reach;
-    row_data = scratch<S>(private_panels, rows * row_size + a.width + lanes<S>);
+    first = a.padding_w < 0 ? ceil_div(-a.padding_w, a.upsample_w) : 0;
+    last = min(a.width, ceil_div(row_size - a.padding_w, a.upsample_w));
+    row_data = scratch<S>(private_panels, rows * row_size + a.width + 3 * lanes<S>);
     widened = row_data + rows * row_size;
   }
 
@@ -119,17 +122,19 @@ struct PaddedRows {
   void fill(const T* plane, int64_t first_output) {
     __builtin_memset(row_data, 0, rows * row_size * sizeof(S));
     for (int64_t i = 0; i < rows; i++) {
-      int64_t upsampled = first_output * a.stride_h + i - a.padding_h, row = upsampled / a.upsample_h;
-      if (upsampled < 0 || upsampled % a.upsample_h || row >= a.height) continue;
+      int64_t row = first_output * a.stride_h + i - a.padding_h;
+      if (row < 0) continue;
+      if (a.upsample_h > 1) {
+        if (row % a.upsample_h) continue;
+        row /= a.upsample_h;
+      }
+      if (row >= a.height) break;
       fill_row(row_data + i * row_size, plane + row * a.width);
     }
   }
 
  private:
   void fill_row(S* to, const T* from) {
-    // the columns that lie within the padded row
-    int64_t first = a.padding_w < 0 ? ceil_div(-a.padding_w, a.upsample_w) : 0;
-    int64_t last = min(a.width, ceil_div(row_size - a.padding_w, a.upsample_w));
     bool in_order = a.stride_w == 1 && a.upsample_w == 1;
     S* straight = in_order ? to + a.padding_w : widened;
     for (int64_t j = first; j < last; j += lanes<S>) store(straight + j, load(from + j, last - j), last - j);
@@ -141,7 +146,19 @@ struct PaddedRows {
     for (int64_t phase = 0; phase < a.stride_w; phase++) {
       int64_t j = first + (phase + a.stride_w - (first + a.padding_w) % a.stride_w) % a.stride_w;
       S* run_at = to + phase * run + (j + a.padding_w) / a.stride_w;
-      for (; j < last && run_at < to + (phase + 1) * run; j += a.stride_w) *run_at++ = widened[j];
+      int64_t count = min(to + (phase + 1) * run - run_at, ceil_div(last - j, a.stride_w));
+      if (a.stride_w == 2)
+        every_second(run_at, widened + j, count, std::make_integer_sequence<int, lanes<S>>());
+      else
+        for (int64_t i = 0; i < count; i++) run_at[i] = widened[j + i * a.stride_w];
+    }
+  }
+
+  template <int... i>
+  static void every_second(S* to, const S* from, int64_t count, std::integer_sequence<int, i...>) {
+    for (int64_t at = 0; at < count; at += lanes<S>) {
+      Vector<S> low = load(from + 2 * at), high = load(from + 2 * at + lanes<S>);
+      store(to + at, __builtin_shufflevector(low, high, 2 * i...), count - at);
     }
   }
 };
@@ -174,9 +191,9 @@ static void depthwise_of(const DepthwiseArguments& arguments) {
     S* weights = scratch<S>(chunk_sums, taps);
     for (int64_t t = 0; t < taps; t++) weights[t] = load(weight + channel * taps + (a.flip ? taps - 1 - t : t), 1)[0];
     Vector<S> first = broadcast<Vector<S>>(bias ? load(bias + channel, 1)[0] : 0);
-    for (int64_t row = 0; row < a.out_height; row++) {
-      if (row % rows.band == 0) rows.fill(input + plane * a.height * a.width, row);
-      const S* from = rows.at(row % rows.band);
+    for (int64_t row = 0, in_band = 0; row < a.out_height; row++, in_band = in_band + 1 < rows.band ? in_band + 1 : 0) {
+      if (in_band == 0) rows.fill(input + plane * a.height * a.width, row);
+      const S* from = rows.at(in_band);
       int64_t base = plane * pixels + row * a.out_width;
       auto some = [=](int64_t column, auto count) __attribute__((always_inline)) {
         Vector<S> sums[count];

@@ -125,6 +125,8 @@ def _check(
             f"conv: input has shape {tuple(input.shape)}, allowed: {weight.shape[1] * groups} channels, since weight "
             f"has shape {tuple(weight.shape)} and groups is {groups}"
         )
+    if min(input.shape[2:]) < 1:
+        raise RuntimeError(f"conv: input has shape {tuple(input.shape)}, allowed: a height and width of 1 or more")
     for size, kernel, p, d in zip(input.shape[2:], weight.shape[2:], padding, dilation, strict=True):
         if size + 2 * p < d * (kernel - 1) + 1:
             raise RuntimeError(
@@ -180,9 +182,13 @@ def memory_format(input: Tensor, weight: Tensor) -> torch.memory_format:
 
 
 def _is_channels_last(tensor: Tensor) -> bool:
-    strides = tensor.stride()
-    # The first comparison settles most tensors; torch's rule in full costs some microseconds.
-    return bool(strides[1] <= strides[3]) and suggest_memory_format(tensor) is torch.channels_last
+    # These settle most tensors; torch's rule in full costs some microseconds.
+    channels, _, columns = tensor.stride()[1:]
+    if channels > columns:
+        return False
+    if channels < columns and tensor.is_contiguous(memory_format=torch.channels_last):
+        return True
+    return suggest_memory_format(tensor) is torch.channels_last
 
 
 def _fake(input: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair, d: Pair, *_: Any) -> Tensor:
@@ -243,13 +249,11 @@ def _add(backend: str, forward: Callable[..., Any], backward: Callable[..., list
     """
 
     def run(preactivation: bool, *arguments: Any) -> Any:
-        input, weight, bias, stride, padding, dilation, *rest = arguments
-        shape = _output_shape(input, weight, stride, padding, dilation)
-        if 0 in shape:
-            empty = _fake(input, weight, bias, stride, padding, dilation)
+        input, weight, bias, *rest = arguments
+        if input.numel() == 0:
+            empty = _fake(*arguments)
             return empty, torch.empty_like(empty)
-        bias = None if bias is None else bias.contiguous()
-        return forward(input, weight, bias, stride, padding, dilation, *rest, preactivation)
+        return forward(input, weight, None if bias is None else bias.contiguous(), *rest, preactivation)
 
     @CONV.implement(backend, Support(_native.FLOATING, _limit, note))
     def conv(*arguments: Any) -> Tensor:
