@@ -15,6 +15,20 @@ static void for_each_plane(int64_t planes, int64_t work, int threads, F f) {
   });
 }
 
+template <int distance, class V, int... i>
+INLINE V add_neighbours(V v, std::integer_sequence<int, i...> lanes_) {
+  V sum = v + __builtin_shufflevector(v, v, (i ^ distance)...);
+  if constexpr (distance > 1)
+    return add_neighbours<distance / 2>(sum, lanes_);
+  else
+    return sum;
+}
+template <class V>
+INLINE Scalar<V> sum_of_lanes(V v) {
+  constexpr int n = lanes<Scalar<V>>;
+  return add_neighbours<n / 2>(v, std::make_integer_sequence<int, n>())[0];
+}
+
 // ---- 1x1 ----
 
 template <class T, int kind>
@@ -191,27 +205,36 @@ static void depthwise_of(const DepthwiseArguments& arguments) {
     S* weights = scratch<S>(chunk_sums, taps);
     for (int64_t t = 0; t < taps; t++) weights[t] = load(weight + channel * taps + (a.flip ? taps - 1 - t : t), 1)[0];
     Vector<S> first = broadcast<Vector<S>>(bias ? load(bias + channel, 1)[0] : 0);
-    for (int64_t row = 0, in_band = 0; row < a.out_height; row++, in_band = in_band + 1 < rows.band ? in_band + 1 : 0) {
-      if (in_band == 0) rows.fill(input + plane * a.height * a.width, row);
-      const S* from = rows.at(in_band);
-      int64_t base = plane * pixels + row * a.out_width;
-      auto some = [=](int64_t column, auto count) __attribute__((always_inline)) {
+    int64_t row_step = a.stride_h * rows.row_size;
+    // `count` rows at a time share the reads of weights; fixed_taps of them are known to the compiler
+    auto some = [=](const S* from, int64_t at, auto count, auto fixed_taps) __attribute__((always_inline)) {
+      for (int64_t column = 0; column < a.out_width; column += width) {
         Vector<S> sums[count];
         for (int i = 0; i < count; i++) sums[i] = first;
-        for (int64_t t = 0; t < taps; t++) {
+        auto add = [&](int64_t t) __attribute__((always_inline)) {
           Vector<S> w = broadcast<Vector<S>>(weights[t]);
-          for (int i = 0; i < count; i++) sums[i] += w * load(from + offsets[t] + column + i * width);
-        }
+          const S* values = from + offsets[t] + column;
+          for (int i = 0; i < count; i++) sums[i] += w * load(values + i * row_step);
+        };
+        if constexpr (fixed_taps > 0)
+          for (int t = 0; t < fixed_taps; t++) add(t);
+        else
+          for (int64_t t = 0; t < taps; t++) add(t);
+        int64_t n = a.out_width - column;
         for (int i = 0; i < count; i++) {
-          int64_t at = column + i * width, n = a.out_width - at;
-          if (n <= 0) break;
-          if (preactivation) store(preactivation + base + at, sums[i], n);
-          store(output + base + at, activate<kind>(sums[i], parameter), n);
+          int64_t to = at + i * a.out_width + column;
+          if (preactivation) store(preactivation + to, sums[i], n);
+          store(output + to, activate<kind>(sums[i], parameter), n);
         }
-      };
-      int64_t column = 0;
-      for (; column + 3 * width < a.out_width; column += 4 * width) some(column, Constant<4>());
-      for (; column < a.out_width; column += width) some(column, Constant<1>());
+      }
+    };
+    for (int64_t band = 0; band < a.out_height; band += rows.band) {
+      rows.fill(input + plane * a.height * a.width, band);
+      int64_t row = 0, end = min(rows.band, a.out_height - band), base = plane * pixels + band * a.out_width;
+      for (; row + 4 <= end; row += 4)
+        taps == 9 ? some(rows.at(row), base + row * a.out_width, Constant<4>(), Constant<9>())
+                  : some(rows.at(row), base + row * a.out_width, Constant<4>(), Constant<0>());
+      for (; row < end; row++) some(rows.at(row), base + row * a.out_width, Constant<1>(), Constant<0>());
     }
   });
 }
@@ -244,8 +267,7 @@ static void depthwise_weight_gradient_of(const DepthwiseArguments& arguments) {
             for (int i = 0; i < count; i++) parts[i] += g * load(from + offsets[tap + i] + column);
           }
         }
-        for (int i = 0; i < count; i++)
-          for (int lane = 0; lane < width; lane++) sum[tap + i] += parts[i][lane];
+        for (int i = 0; i < count; i++) sum[tap + i] += sum_of_lanes(parts[i]);
       };
       int64_t tap = 0;
       for (; tap + together <= taps; tap += together) some(tap, Constant<together>());
@@ -286,7 +308,7 @@ static void channel_gradient_of(const ChannelGradientArguments& arguments) {
         if (grad_input) store(grad_input + at, g, n);
         sum += g;
       }
-      for (int lane = 0; lane < width; lane++) total += sum[lane];
+      total += sum_of_lanes(sum);
     }
     if (sums) sums[plane] = total;
   });
