@@ -339,7 +339,7 @@ def test_every_instruction_set_of_this_processor(dtype):
     try:
         for isa in cpu.available():
             cpu.use(isa)
-            for geometry in ("1x1", "depthwise", "depthwise, stride 2"):
+            for geometry in ("1x1", "depthwise", "depthwise, stride 2", "depthwise, stride 3 by 1, dilation 2"):
                 check("cpu", geometry, "gelu", dtype)
                 check("cpu", geometry, "relu", dtype, layout=LAYOUTS["channels_last"])
     finally:

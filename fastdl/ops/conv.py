@@ -314,7 +314,7 @@ def _cpu_forward(
         x = input.contiguous(memory_format=format)
         if _takes_1x1(x, format):
             return _cpu_1x1(x, weight.flatten(1), bias, kind, parameter, preactivation, format)
-    elif _takes_depthwise(weight, groups, format, input.dtype):
+    elif _takes_depthwise(weight, groups, stride, format, input.dtype, backward=False):
         x, shape = input.contiguous(), _output_shape(input, weight, stride, padding, dilation)
         options = (stride, padding, dilation, (1, 1), False, kind, parameter)
         y, z = _depthwise(x, weight, bias, shape, *options, preactivation)
@@ -353,7 +353,7 @@ def _cpu_backward(
         pass
     elif _is_1x1(weight, stride, padding, groups):
         gradients = _cpu_1x1_backward(dz, input, weight, needs, format)
-    elif _takes_depthwise(weight, groups, format, dz.dtype, max(stride)):
+    elif _takes_depthwise(weight, groups, stride, format, dz.dtype, backward=True):
         gradients = _depthwise_backward(dz, input, weight, *geometry, needs)
         gradients = [gradient.contiguous(memory_format=format) for gradient in gradients]
     else:
@@ -510,13 +510,17 @@ def _cpu_1x1_backward(
 
 
 def _takes_depthwise(
-    weight: Tensor, groups: int, format: torch.memory_format, dtype: torch.dtype, slow_stride: int = 1
+    weight: Tensor, groups: int, stride: Pair, format: torch.memory_format, dtype: torch.dtype, backward: bool
 ) -> bool:
     """Whether the package's depthwise kernels, made for NCHW, do better than oneDNN's, made for channels_last."""
-    depthwise = weight.shape[1] == 1 and weight.shape[0] == groups > 1
-    # oneDNN has nothing for a strided gradient in bfloat16, nor for the other dtypes.
-    known = dtype == torch.float32 or (dtype == torch.bfloat16 and slow_stride == 1)
-    return depthwise and (format is torch.contiguous_format or not known)
+    if weight.shape[1] != 1 or weight.shape[0] != groups or groups == 1:
+        return False
+    strided = max(stride) > 1
+    if dtype == torch.float32:
+        return format is torch.contiguous_format and not strided
+    if dtype == torch.bfloat16:  # of strided gradients oneDNN makes nothing better than a loop
+        return format is torch.contiguous_format or (strided and backward)
+    return True
 
 
 def _depthwise(
