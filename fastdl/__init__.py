@@ -10,6 +10,7 @@ from fastdl._version import __version__
 from fastdl.activations import Activation
 from fastdl.dispatch import Call, Selection, UnsupportedError, trace, use_backend
 from fastdl.information import info
+from fastdl.nn.batch_norm import fold_batch_norm
 from fastdl.proof import prove_at_first_call
 from fastdl.replace import explain, replace_layers, restore_layers
 
@@ -22,6 +23,7 @@ __all__ = [
     "UnsupportedError",
     "__version__",
     "explain",
+    "fold_batch_norm",
     "functional",
     "info",
     "nn",

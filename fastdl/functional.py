@@ -17,6 +17,79 @@ from fastdl.ops import linear as _linear
 from fastdl.ops.activation import ACTIVATION, ActivationFunction
 
 __all__ = ["conv1d", "conv2d", "elu", "gelu", "leaky_relu", "linear", "relu", "sigmoid", "silu", "tanh"]
+from fastdl.ops import batch_norm as _batch_norm
+
+__all__ = ["batch_norm", "elu", "gelu", "leaky_relu", "linear", "relu", "sigmoid", "silu", "tanh"]
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    activation: str | Activation | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """activation((input - mean) / sqrt(variance + eps) * weight + bias + residual), fused (Ioffe and Szegedy, 2015).
+
+    As :func:`torch.nn.functional.batch_norm`. In training mean and (biased) variance are those of each channel over the
+    batch, and the running statistics move by ``momentum`` towards mean and unbiased variance; in evaluation the running
+    statistics are mean and variance.
+
+    Args:
+        input: (N, C, *), any strides; float32, float16, bfloat16 or float64.
+        running_mean, running_var: (C,); both None in training that keeps no running statistics.
+        weight, bias: (C,) or None. These and the running statistics have input's dtype, or float32 for 16-bit input.
+        activation: as for :func:`linear`.
+        residual: of input's shape and dtype, added before the activation.
+
+    Returns:
+        Of input's shape and dtype; channels_last where input is, else contiguous.
+
+    Raises:
+        TypeError: an argument that is not a tensor, or an activation that is neither name nor Activation.
+        ValueError: one value a channel in training, an eps that is not positive, one running statistic of two, or an
+            unknown activation.
+        RuntimeError: shapes, dtypes or devices that do not fit, or no running statistics in evaluation.
+        fastdl.UnsupportedError: a backend named by ``use_backend`` that can't do this call.
+    """
+    kind, parameter = activations.resolve(activation)
+    requested = state.requested
+    compiling = torch.compiler.is_compiling()
+    op = _batch_norm.BATCH_NORM if training else _batch_norm.BATCH_NORM_INFERENCE
+    statistics = () if training else (running_mean, running_var)
+    arguments = (input, weight, bias, residual, *statistics, eps, kind, parameter)
+    plain = is_plain(compiling, input, running_mean, running_var, weight, bias, residual)
+    if plain:
+        _batch_norm.check_running(input, running_mean, running_var, training)
+        needs_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[:4])
+        selection = _select(op, requested, needs_gradient, compiling, *arguments)
+    else:
+        selection = _select_reference(op, requested, *arguments)
+    if selection is not None and selection.backend == "torch":
+        y = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+        return activations.reference(y if residual is None else y + residual, kind, parameter)
+    if not needs_gradient:
+        result: Any = op(requested, *arguments, selection=selection)
+        if not training:
+            return result  # type: ignore[no-any-return]
+        output, mean, _, variance = result
+    else:
+        statistics = (None, None) if training else statistics
+        result = _batch_norm.BatchNormFunction.apply(
+            input, weight, bias, residual, *statistics, eps, kind, parameter, requested, selection
+        )
+        if not training:
+            return result  # type: ignore[no-any-return]
+        output, mean, variance = result
+    if running_mean is not None and running_var is not None and input.numel():
+        _batch_norm.update_running(running_mean, running_var, mean, variance, momentum)
+    return output  # type: ignore[no-any-return]
 
 
 def linear(
@@ -297,6 +370,12 @@ _IN_PLACE = {
 
 def _reference(op: Op, requested: str, *arguments: Any) -> Any:
     """Calls the reference for what is no kernel's business: see :func:`fastdl.dispatch.is_plain`."""
+    _select_reference(op, requested, *arguments)
+    return op.reference(*arguments)
+
+
+def _select_reference(op: Op, requested: str, *arguments: Any) -> Selection:
+    """The reference's selection, unless a kernel was named."""
     if requested not in ("auto", "torch"):
         if op.check is not None:
             op.check(*arguments)
@@ -306,7 +385,7 @@ def _reference(op: Op, requested: str, *arguments: Any) -> Any:
     if state.traces and not torch.compiler.is_compiling():
         reason = "named by use_backend" if requested == "torch" else "tensor subclass, torch.func or a function mode"
         op.record(Selection("torch", reason, op.reference), arguments)
-    return op.reference(*arguments)
+    return _TORCH
 
 
 def _select(op: Op, requested: str, training: bool, compiling: bool, *arguments: Any) -> Selection | None:

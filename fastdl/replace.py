@@ -19,7 +19,11 @@ Selector = type[Module] | str
 REPLACEMENTS: dict[type[Module], type[Module]] = {
     torch.nn.Conv1d: nn.Conv1d,
     torch.nn.Conv2d: nn.Conv2d,
+    torch.nn.BatchNorm1d: nn.BatchNorm1d,
+    torch.nn.BatchNorm2d: nn.BatchNorm2d,
+    torch.nn.BatchNorm3d: nn.BatchNorm3d,
     torch.nn.Linear: nn.Linear,
+    torch.nn.SyncBatchNorm: nn.SyncBatchNorm,
     torch.nn.ReLU: nn.ReLU,
     torch.nn.LeakyReLU: nn.LeakyReLU,
     torch.nn.ELU: nn.ELU,
@@ -119,6 +123,7 @@ def explain(model: Module, *example: Any, **keywords: Any) -> Explanation:
     calls = _watch(model, example, keywords) if example or keywords else None
     rows = Explanation()
     ours = set(REPLACEMENTS.values()) | {nn.ConvReLU2d, nn.LinearReLU}
+    ours = set(REPLACEMENTS.values()) | {nn.BNReLU2d, nn.LinearReLU}
     for name, module in modules:
         kind = type(module)
         label = kind.__name__ if kind.__module__.startswith("torch.") else f"{kind.__module__}.{kind.__qualname__}"

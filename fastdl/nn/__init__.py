@@ -10,11 +10,22 @@ __all__ = [
     "Conv1d",
     "Conv2d",
     "ConvReLU2d",
+from fastdl.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, BNReLU2d, SyncBatchNorm
+from fastdl.nn.linear import Linear, LinearReLU
+
+__all__ = [
+    "BNReLU2d",
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "ELU",
+    "GELU",
     "LeakyReLU",
     "Linear",
     "LinearReLU",
     "ReLU",
     "SiLU",
     "Sigmoid",
+    "SyncBatchNorm",
     "Tanh",
 ]
