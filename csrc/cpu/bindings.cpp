@@ -110,6 +110,7 @@ void bind_cpu(py::module_& module) {
   module.def("advise_huge_pages", &advise_huge_pages, py::arg("pointer"), py::arg("bytes"), released(),
              "Ask the system for huge pages in a large fresh tensor.");
   bind_conv(module);
+  bind_batch_norm(module);
   bind_linear(module);
 }
 

@@ -17,6 +17,7 @@ using released = py::call_guard<py::gil_scoped_release>;
 const Kernels& kernels();  // of the instruction set in use
 
 void bind_conv(py::module_& module);
+void bind_batch_norm(py::module_& module);
 void bind_linear(py::module_& module);
 
 [[noreturn]] inline void refuse(const char* function, const char* argument, int64_t value, const char* expected) {

@@ -11,4 +11,7 @@ void conv_1x1_weight_gradient(const Conv1x1GradientArguments&);
 void depthwise(const DepthwiseArguments&);
 void depthwise_weight_gradient(const DepthwiseArguments&);
 void channel_gradient(const ChannelGradientArguments&);
+void batch_norm(const BatchNormArguments&);
+void batch_norm_statistics(const BatchNormStatisticsArguments&);
+void batch_norm_backward(const BatchNormBackwardArguments&);
 }  // namespace fastdl::ISA

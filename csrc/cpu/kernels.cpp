@@ -5,9 +5,16 @@
 #define STRING(x) STRING_OF(x)
 
 namespace fastdl::ISA {
-extern const Kernels kernels = {STRING(ISA),        linear,
-                                activation_forward, activation_backward,
-                                conv_1x1,           conv_1x1_weight_gradient,
-                                depthwise,          depthwise_weight_gradient,
-                                channel_gradient};
+extern const Kernels kernels = {STRING(ISA),
+                                linear,
+                                activation_forward,
+                                activation_backward,
+                                conv_1x1,
+                                conv_1x1_weight_gradient,
+                                depthwise,
+                                depthwise_weight_gradient,
+                                channel_gradient,
+                                batch_norm,
+                                batch_norm_statistics,
+                                batch_norm_backward};
 }

@@ -62,6 +62,26 @@ struct Conv1x1Arguments {
   void* output;                                     // [images, out_channels, pixels]
   void* preactivation;                              // like output, or null
   int64_t images, channels, out_channels, pixels;
+  int threads;
+};
+
+// element (o, c, i) of a tensor [outer, channels, inner] lies at (o * channels + c) * inner + i; none is empty
+struct BatchNormShape {
+  int64_t outer, channels, inner;
+};
+
+// output = activation((input - mean) * rstd * weight + bias + residual), rstd = 1 / sqrt(variance + eps). What is
+// [channels] is in the dtype of computation: float32 for 16-bit types.
+struct BatchNormArguments {
+  int dtype;
+  const void* input;
+  const void *weight, *bias;                // [channels] or null
+  const void* residual;                     // of input's shape, or null
+  const void *given_mean, *given_variance;  // [channels], or null: then they are taken from input
+  void* output;
+  void *mean, *rstd, *variance;  // [channels]: receive the statistics taken, variance the unbiased one
+  BatchNormShape shape;
+  double eps;
   Activation activation;
   int threads;
 };
@@ -101,6 +121,30 @@ struct ChannelGradientArguments {
   void* grad_input;         // like grad_output, or null
   void* grad_bias;          // [channels] or null
   int64_t images, channels, pixels;
+  int threads;
+};
+
+// mean and sum of squared differences from it, by channel
+struct BatchNormStatisticsArguments {
+  int dtype;
+  const void* input;
+  void *mean, *squares;  // [channels]
+  BatchNormShape shape;
+  int threads;
+};
+
+// With dz the gradient of the activation's argument: grad_residual = dz, grad_bias = its sum, grad_weight = the sum of
+// dz (input - mean) rstd, grad_input = rstd weight (dz - mean_gradient - (input - mean) rstd mean_product).
+struct BatchNormBackwardArguments {
+  int dtype;
+  const void *grad_output, *input;
+  const void *weight, *bias;                 // [channels] or null
+  const void *residual, *output;             // what the activation's gradient is made of besides input, or null
+  const void *mean, *rstd;                   // [channels]
+  const void *mean_gradient, *mean_product;  // [channels], or null: then of these sums in training, else 0
+  void *grad_input, *grad_weight, *grad_bias, *grad_residual;  // or null
+  BatchNormShape shape;
+  bool training;  // whether mean and rstd are those of input
   Activation activation;
   int threads;
 };
@@ -115,6 +159,9 @@ struct Kernels {
   void (*depthwise)(const DepthwiseArguments&);
   void (*depthwise_weight_gradient)(const DepthwiseArguments&);
   void (*channel_gradient)(const ChannelGradientArguments&);
+  void (*batch_norm)(const BatchNormArguments&);
+  void (*batch_norm_statistics)(const BatchNormStatisticsArguments&);
+  void (*batch_norm_backward)(const BatchNormBackwardArguments&);
 };
 
 namespace portable {

@@ -553,7 +553,7 @@ def _implement(backend: str, launcher: Callable[[], Any]) -> None:
 # ------------------------------------------------------------------------------------------------ native: cpu and cuda
 
 
-class _Native:
+class _NativeLaunchers:
     """The launchers of a backend of native kernels: the same calls on addresses."""
 
     def __init__(self, backend: str) -> None:
@@ -568,6 +568,11 @@ class _Native:
             kernel(_native.DTYPE_CODES[first.dtype], *view, *addresses, _native.context(first))
 
         return launch
+
+
+_CPU = _NativeLaunchers("cpu")
+
+_implement("cpu", lambda: _CPU)
 
 
 # ---------------------------------------------------------------------------------------------------------- autograd
