@@ -1,9 +1,10 @@
 // Batch normalisation with residual and activation, and its gradients.
 //
-// A tensor [outer, channels, inner] is taken in one of two ways. By planes, where an inner row fills vectors: a thread
-// does whole channels, whose second pass then reads from the second-level cache. By rows, where inner is short (1 for
-// 2-D and channels_last input): vectors lie across columns, each column being one of a channel's inner elements.
-// Either way the partial sums depend on the shape alone, so results do not depend on the number of threads.
+// A tensor [outer, channels, inner] is taken in one of two ways. By planes, where an inner row fills vectors: sums run
+// along planes. By rows, where inner is short (1 for 2-D and channels_last input): vectors lie across columns, each
+// column being one of a channel's inner elements. Either way the partial sums depend on the shape alone, so results do
+// not depend on the number of threads, and the second pass goes in the order of memory: by channel it would touch every
+// page of a fresh output for each of them.
 #include "activation.h"
 #include "families.h"
 #include "threads.h"
@@ -39,6 +40,12 @@ struct Affine {
   }
 };
 
+// the gradient of x is scale (dz - mean_gradient - (x - mean) mean_product), with z the activation's argument
+template <class V>
+struct Correction {
+  V mean_gradient, mean_product;
+};
+
 // values by channel or by column
 template <class S>
 struct Columns {
@@ -50,20 +57,29 @@ struct Columns {
         shift(memory + 2 * size),
         mean_gradient(memory + 3 * size),
         mean_product(memory + 4 * size) {}
-  void set(int64_t column, Affine<S> affine) {
+  void set(int64_t column, Affine<S> affine, Correction<S> correction = {}) {
     mean[column] = affine.mean;
     scale[column] = affine.scale;
     shift[column] = affine.shift;
+    mean_gradient[column] = correction.mean_gradient;
+    mean_product[column] = correction.mean_product;
   }
+  Affine<S> one(int64_t column) const { return {mean[column], scale[column], shift[column]}; }
+  Correction<S> correction(int64_t column) const { return {mean_gradient[column], mean_product[column]}; }
   INLINE Affine<Vector<S>> several(int64_t column, int64_t n) const {
     return {load(mean + column, n), load(scale + column, n), load(shift + column, n)};
   }
+  INLINE Correction<Vector<S>> corrections(int64_t column, int64_t n) const {
+    return {load(mean_gradient + column, n), load(mean_product + column, n)};
+  }
 };
 
+// zeros in all lanes but the first n
 template <class V>
 INLINE V keep_first(V v, int64_t n) {
-  for (int i = 0; i < static_cast<int>(sizeof(V) / sizeof(v[0])); i++) v[i] = i < n ? v[i] : 0;
-  return v;
+  V lane;
+  for (int i = 0; i < static_cast<int>(sizeof(V) / sizeof(v[0])); i++) lane[i] = static_cast<Scalar<V>>(i);
+  return lane < static_cast<Scalar<V>>(n) ? v : V{};
 }
 template <class V>
 INLINE double sum(V v) {
@@ -90,40 +106,26 @@ struct Planes {
     groups = ceil_div(outer, planes_in_group) * chunks;
     parts = min(groups, ceil_div(most_parts, channels));
   }
+  // f(channel, part) for this thread's share
+  template <class F>
+  void for_each_part(int thread, int team, F f) const {
+    for_share(channels * parts, thread, team, [&](int64_t task) { f(task / parts, task % parts); });
+  }
   // f(group's first element's offset, planes, elements of each) for the groups of a part of a channel
   template <class F>
-  INLINE void for_each_group(int64_t channel, int64_t part, F f) const {
+  void for_each_group(int64_t channel, int64_t part, F f) const {
     for (int64_t group = groups * part / parts; group < groups * (part + 1) / parts; group++) {
       int64_t plane = group / chunks * planes_in_group, element = group % chunks * elements_in_group;
       f((plane * channels + channel) * inner + element, min(planes_in_group, outer - plane),
         min(elements_in_group, inner - element));
     }
   }
-  // f(offset, number) for vectors that cover a part of a channel
-  template <class S, class F>
-  INLINE void for_each_vector(int64_t channel, int64_t part, F f) const {
-    for_each_group(channel, part, [&](int64_t at, int64_t planes, int64_t elements) __attribute__((always_inline)) {
-      for (int64_t plane = 0; plane < planes; plane++, at += channels * inner) {
-        int64_t i = 0;
-        for (; i + lanes<S> <= elements; i += lanes<S>) f(at + i, lanes<S>);
-        if (i < elements) f(at + i, elements - i);
-      }
-    });
-  }
-  // reduce(channel, part) for all parts of a channel before any apply(channel, part)
-  template <class Reduce, class Apply>
-  void run(int64_t threads, Reduce reduce, Apply apply) const {
-    parallel(threads, [&](int thread, int team) {
-      if (parts == 1 || channels % team == 0 || channels >= 8 * team) {
-        for_share(channels, thread, team, [&](int64_t channel) {
-          for (int64_t part = 0; part < parts; part++) reduce(channel, part);
-          for (int64_t part = 0; part < parts; part++) apply(channel, part);
-        });
-        return;
-      }
-      for_share(channels * parts, thread, team, [&](int64_t task) { reduce(task / parts, task % parts); });
-      barrier(team);
-      for_share(channels * parts, thread, team, [&](int64_t task) { apply(task / parts, task % parts); });
+  // f(channel, offset, elements) for this thread's share of all planes, or parts of them, in the order of memory
+  template <class F>
+  void for_each_run(int thread, int team, F f) const {
+    for_share(outer * channels * chunks, thread, team, [&](int64_t run) {
+      int64_t plane = run / chunks, element = run % chunks * elements_in_group;
+      f(plane % channels, plane * inner + element, min(elements_in_group, inner - element));
     });
   }
 };
@@ -165,14 +167,17 @@ struct Rows {
     for (; row + step <= end; row += step) line(Constant<step>(), row);
     for (; row < end; row++) line(Constant<1>(), row);
   }
-  // f as above for all vectors of the tensor
+  // f(row, column, number) for this thread's share of all vectors, in the order of memory
   template <class S, class F>
   void for_each_vector(int thread, int team, F f) const {
-    constexpr int64_t step = 4;
-    int64_t row_step = round_up(ceil_div(group_elements, min(columns, strip_columns)), step);
-    for_each_piece(rows, columns, row_step, 4 * strip_columns, thread, team,
+    int64_t row_step = ceil_div(group_elements, min(columns, group_elements));
+    for_each_piece(rows, columns, row_step, group_elements, thread, team,
                    [&](int64_t row, int64_t end, int64_t begin, int64_t stop) {
-                     for_each_tile<S, step>(row, end, begin, stop, f);
+                     for (; row < end; row++) {
+                       int64_t column = begin;
+                       for (; column + lanes<S> <= stop; column += lanes<S>) f(row, column, lanes<S>);
+                       if (column < stop) f(row, column, stop - column);
+                     }
                    });
   }
   // f(channel begin, end) for blocks of whole channels
@@ -296,10 +301,12 @@ static void join_leaves(const Rows& rows, int64_t begin, int64_t end, int64_t in
     for (int64_t i = 0; i < columns; i++) m2[i] += q[i] + (p[i] - mean[i]) * (p[i] - mean[i]) * count;
   }
   for (int64_t channel = begin; channel < end; channel++) {
-    Moments moments;
-    for (int64_t i = (channel - begin) * inner; i < (channel - begin + 1) * inner; i++)
-      moments.add(static_cast<double>(rows.rows), mean[i], m2[i]);
-    f(channel, moments);
+    int64_t first = (channel - begin) * inner;
+    double total = 0, joint = 0, n = static_cast<double>(rows.rows);
+    for (int64_t i = first; i < first + inner; i++) total += mean[i];
+    total /= static_cast<double>(inner);
+    for (int64_t i = first; i < first + inner; i++) joint += m2[i] + (mean[i] - total) * (mean[i] - total) * n;
+    f(channel, Moments{n * static_cast<double>(inner), total, joint});
   }
 }
 
@@ -313,27 +320,35 @@ static void forward_by_planes(const BatchNormShape& shape, int64_t threads, cons
   using S = Compute<T>;
   Planes planes(shape);
   Moments* partial = reduce ? scratch<Moments>(column_sums, planes.channels * planes.parts) : nullptr;
-  planes.run(
-      threads,
-      [&](int64_t channel, int64_t part) {
-        if (!reduce) return;
+  Columns<S> columns(scratch<S>(split_sums, Columns<S>::count * planes.channels), planes.channels);
+  parallel(threads, [&](int thread, int team) {
+    if (reduce) {
+      planes.for_each_part(thread, team, [&](int64_t channel, int64_t part) {
         Moments moments;
         planes.for_each_group(channel, part, [&](int64_t at, int64_t count, int64_t elements) {
           add_group(input + at, count, elements, planes.channels * planes.inner, moments);
         });
         partial[channel * planes.parts + part] = moments;
-      },
-      [&](int64_t channel, int64_t part) {
-        Moments moments;
-        for (int64_t i = 0; reduce && i < planes.parts; i++) {
-          const Moments& other = partial[channel * planes.parts + i];
-          moments.add(other.count, other.mean, other.squares);
-        }
-        Affine<S> affine = finish(channel, moments, part == 0);
-        if (!apply) return;
-        planes.template for_each_vector<S>(
-            channel, part, [&](int64_t at, int64_t n) __attribute__((always_inline)) { element(at, n, affine); });
       });
+      barrier(team);
+    }
+    for_share(planes.channels, thread, team, [&](int64_t channel) {
+      Moments moments;
+      for (int64_t i = 0; reduce && i < planes.parts; i++) {
+        const Moments& other = partial[channel * planes.parts + i];
+        moments.add(other.count, other.mean, other.squares);
+      }
+      columns.set(channel, finish(channel, moments));
+    });
+    if (!apply) return;
+    barrier(team);
+    planes.for_each_run(thread, team, [&](int64_t channel, int64_t at, int64_t elements) {
+      Affine<S> affine = columns.one(channel);
+      int64_t i = 0;
+      for (; i + lanes<S> <= elements; i += lanes<S>) element(at + i, lanes<S>, affine);
+      if (i < elements) element(at + i, elements - i, affine);
+    });
+  });
 }
 
 template <class T, class Finish, class Element>
@@ -356,7 +371,7 @@ static void forward_by_rows(const BatchNormShape& shape, int64_t threads, const 
       }
       Rows::for_each_channel_block(end - first, inner, thread, team, [&](int64_t begin, int64_t stop) {
         auto keep = [&](int64_t channel, const Moments& moments) {
-          Affine<S> affine = finish(first + channel, moments, true);
+          Affine<S> affine = finish(first + channel, moments);
           for (int64_t i = channel * inner; i < (channel + 1) * inner; i++) columns.set(i, affine);
         };
         if (reduce)
@@ -366,11 +381,10 @@ static void forward_by_rows(const BatchNormShape& shape, int64_t threads, const 
       });
       if (!apply) return;
       barrier(team);
-      rows.template for_each_vector<S>(
-          thread, team, [&](auto step, int64_t row, int64_t column, int64_t n) __attribute__((always_inline)) {
-            Affine<Vector<S>> affine = columns.several(column, n);
-            for (int i = 0; i < step; i++) element(offset + (row + i) * rows.stride + column, n, affine);
-          });
+      rows.template for_each_vector<S>(thread, team,
+                                       [&](int64_t row, int64_t column, int64_t n) __attribute__((always_inline)) {
+                                         element(offset + row * rows.stride + column, n, columns.several(column, n));
+                                       });
     });
   });
 }
@@ -391,11 +405,9 @@ static void statistics_of(const BatchNormStatisticsArguments& arguments) {
   S *mean = static_cast<S*>(arguments.mean), *squares = static_cast<S*>(arguments.squares);
   forward_over(
       arguments.shape, arguments.threads, static_cast<const T*>(arguments.input), true, false,
-      [=](int64_t channel, const Moments& moments, bool first) {
-        if (first) {
-          mean[channel] = static_cast<S>(moments.mean);
-          squares[channel] = static_cast<S>(moments.squares);
-        }
+      [=](int64_t channel, const Moments& moments) {
+        mean[channel] = static_cast<S>(moments.mean);
+        squares[channel] = static_cast<S>(moments.squares);
         return Affine<S>();
       },
       [](int64_t, int64_t, auto) {});
@@ -415,7 +427,7 @@ static void forward_of(const BatchNormArguments& arguments) {
   S parameter = static_cast<S>(arguments.activation.parameter);
   forward_over(
       arguments.shape, arguments.threads, input, !given_mean, true,
-      [=](int64_t channel, const Moments& moments, bool first) {
+      [=](int64_t channel, const Moments& moments) {
         S m, r;
         if (given_mean) {
           m = given_mean[channel];
@@ -423,11 +435,9 @@ static void forward_of(const BatchNormArguments& arguments) {
         } else {
           m = static_cast<S>(moments.mean);
           r = static_cast<S>(1 / std::sqrt(moments.squares / moments.count + eps));
-          if (first) {
-            mean[channel] = m;
-            rstd[channel] = r;
-            variance[channel] = static_cast<S>(moments.squares / (moments.count - 1));
-          }
+          mean[channel] = m;
+          rstd[channel] = r;
+          variance[channel] = static_cast<S>(moments.squares / (moments.count - 1));
         }
         return Affine<S>{m, weight ? r * weight[channel] : r, bias ? bias[channel] : 0};
       },
@@ -443,22 +453,16 @@ static void forward_of(const BatchNormArguments& arguments) {
 struct GradientSums {
   double gradient = 0, product = 0;
 };
-// what those make of the gradient of x: scale (dz - mean_gradient - (x - mean) mean_product)
-template <class V>
-struct Correction {
-  V mean_gradient, mean_product;
-};
-
 template <class S, class Coefficients, class Gradient, class Finish, class Element>
 static void backward_by_planes(const BatchNormShape& shape, int64_t threads, bool reduce, bool apply,
                                Coefficients coefficients, Gradient gradient, Finish finish, Element element) {
   using V = Vector<S>;
   Planes planes(shape);
   GradientSums* partial = reduce ? scratch<GradientSums>(column_sums, planes.channels * planes.parts) : nullptr;
-  planes.run(
-      threads,
-      [&](int64_t channel, int64_t part) {
-        if (!reduce) return;
+  Columns<S> columns(scratch<S>(split_sums, Columns<S>::count * planes.channels), planes.channels);
+  parallel(threads, [&](int thread, int team) {
+    if (reduce) {
+      planes.for_each_part(thread, team, [&](int64_t channel, int64_t part) {
         Affine<S> affine = coefficients(channel);
         GradientSums sums;
         planes.for_each_group(channel, part, [&](int64_t at, int64_t count, int64_t elements) {
@@ -483,20 +487,27 @@ static void backward_by_planes(const BatchNormShape& shape, int64_t threads, boo
           sums.product += sum((products[0] + products[1]) + (products[2] + products[3]));
         });
         partial[channel * planes.parts + part] = sums;
-      },
-      [&](int64_t channel, int64_t part) {
-        GradientSums sums;
-        for (int64_t i = 0; reduce && i < planes.parts; i++) {
-          sums.gradient += partial[channel * planes.parts + i].gradient;
-          sums.product += partial[channel * planes.parts + i].product;
-        }
-        Affine<S> affine = coefficients(channel);
-        Correction<S> correction = finish(channel, sums, part == 0);
-        if (!apply) return;
-        planes.template for_each_vector<S>(channel, part, [&](int64_t at, int64_t n) __attribute__((always_inline)) {
-          element(at, n, affine, correction);
-        });
       });
+      barrier(team);
+    }
+    for_share(planes.channels, thread, team, [&](int64_t channel) {
+      GradientSums sums;
+      for (int64_t i = 0; reduce && i < planes.parts; i++) {
+        sums.gradient += partial[channel * planes.parts + i].gradient;
+        sums.product += partial[channel * planes.parts + i].product;
+      }
+      columns.set(channel, coefficients(channel), finish(channel, sums));
+    });
+    if (!apply) return;
+    barrier(team);
+    planes.for_each_run(thread, team, [&](int64_t channel, int64_t at, int64_t elements) {
+      Affine<S> affine = columns.one(channel);
+      Correction<S> correction = columns.correction(channel);
+      int64_t i = 0;
+      for (; i + lanes<S> <= elements; i += lanes<S>) element(at + i, lanes<S>, affine, correction);
+      if (i < elements) element(at + i, elements - i, affine, correction);
+    });
+  });
 }
 
 template <class S, class Coefficients, class Gradient, class Finish, class Element>
@@ -560,19 +571,14 @@ static void backward_by_rows(const BatchNormShape& shape, int64_t threads, bool 
             sums.gradient += gradients[leaf * rows.columns + i];
             sums.product += products[leaf * rows.columns + i];
           }
-        Correction<S> correction = finish(first + channel, sums, true);
-        for (int64_t i = channel * inner; i < (channel + 1) * inner; i++) {
-          columns.mean_gradient[i] = correction.mean_gradient;
-          columns.mean_product[i] = correction.mean_product;
-        }
+        Correction<S> correction = finish(first + channel, sums);
+        for (int64_t i = channel * inner; i < (channel + 1) * inner; i++) columns.set(i, columns.one(i), correction);
       });
       if (!apply) return;
       barrier(team);
       rows.template for_each_vector<S>(
-          thread, team, [&](auto step, int64_t row, int64_t column, int64_t n) __attribute__((always_inline)) {
-            Affine<V> affine = columns.several(column, n);
-            Correction<V> correction{load(columns.mean_gradient + column, n), load(columns.mean_product + column, n)};
-            for (int i = 0; i < step; i++) element(offset + (row + i) * rows.stride + column, n, affine, correction);
+          thread, team, [&](int64_t row, int64_t column, int64_t n) __attribute__((always_inline)) {
+            element(offset + row * rows.stride + column, n, columns.several(column, n), columns.corrections(column, n));
           });
     });
   });
@@ -616,9 +622,9 @@ static void backward_of(const BatchNormBackwardArguments& arguments) {
     }
     return fastdl::ISA::gradient<kind>(g, made_of, parameter);
   };
-  auto finish = [=](int64_t channel, const GradientSums& sums, bool first) {
-    if (first && grad_weight) grad_weight[channel] = static_cast<S>(sums.product * rstd[channel]);
-    if (first && grad_bias) grad_bias[channel] = static_cast<S>(sums.gradient);
+  auto finish = [=](int64_t channel, const GradientSums& sums) {
+    if (grad_weight) grad_weight[channel] = static_cast<S>(sums.product * rstd[channel]);
+    if (grad_bias) grad_bias[channel] = static_cast<S>(sums.gradient);
     if (given) return Correction<S>{mean_gradient[channel], mean_product[channel] * rstd[channel]};
     double squared = static_cast<double>(rstd[channel]) * rstd[channel];
     return Correction<S>{static_cast<S>(sums.gradient / count), static_cast<S>(sums.product * squared / count)};
