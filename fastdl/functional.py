@@ -67,7 +67,12 @@ def batch_norm(
     plain = is_plain(compiling, input, running_mean, running_var, weight, bias, residual)
     if plain:
         _batch_norm.check_running(input, running_mean, running_var, training)
-        needs_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[:4])
+        needs_gradient = torch.is_grad_enabled() and (
+            input.requires_grad
+            or (weight is not None and weight.requires_grad)
+            or (bias is not None and bias.requires_grad)
+            or (residual is not None and residual.requires_grad)
+        )
         selection = _select(op, requested, needs_gradient, compiling, *arguments)
     else:
         selection = _select_reference(op, requested, *arguments)

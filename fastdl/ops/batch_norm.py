@@ -186,7 +186,9 @@ def compute_dtype(input: Tensor) -> torch.dtype:
 
 def _computed(tensor: Tensor | None, input: Tensor) -> Tensor | None:
     """A tensor with a value for each channel as the kernels take it: in the dtype of computation, contiguous."""
-    return None if tensor is None else tensor.to(compute_dtype(input)).contiguous()
+    if tensor is None or (tensor.dtype == compute_dtype(input) and tensor.is_contiguous()):
+        return tensor
+    return tensor.to(compute_dtype(input)).contiguous()
 
 
 def memory_format(input: Tensor) -> torch.memory_format:
@@ -226,17 +228,18 @@ def check_running(input: Tensor, running_mean: Tensor | None, running_var: Tenso
 
 
 def _check_columns(input: Tensor, **tensors: Tensor | None) -> None:
+    channels = input.shape[1:2]
     for name, tensor in tensors.items():
         if tensor is None:
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"batch_norm: {name} must be a tensor or None; got {type(tensor).__name__}")
-        if tensor.dim() != 1 or tensor.shape[0] != input.shape[1]:
+        if tensor.shape != channels:
             raise RuntimeError(
                 f"batch_norm: {name} has shape {tuple(tensor.shape)}, allowed: ({input.shape[1]},), a value for each "
                 f"channel of input, whose shape is {tuple(input.shape)}"
             )
-        if tensor.dtype not in (input.dtype, compute_dtype(input)):
+        if tensor.dtype != input.dtype and tensor.dtype != compute_dtype(input):
             allowed = " or ".join(dict.fromkeys((str(input.dtype), str(compute_dtype(input)))))
             raise RuntimeError(
                 f"batch_norm: {name} has dtype {tensor.dtype}, allowed: {allowed}, since input has {input.dtype}"
@@ -399,7 +402,7 @@ def _laid_out(tensor: Tensor | None, format: torch.memory_format) -> Tensor | No
 
 def _empty_column(input: Tensor, _: Any = None) -> Tensor:
     """An uninitialised value for each channel, in the dtype of computation."""
-    return torch.empty(input.shape[1], dtype=compute_dtype(input), device=input.device)
+    return input.new_empty(input.shape[1], dtype=compute_dtype(input))
 
 
 def _implement(backend: str, launcher: Callable[[], Any]) -> None:
@@ -560,13 +563,14 @@ class _NativeLaunchers:
         self.backend = backend
 
     def __getattr__(self, name: str) -> Callable[..., None]:
-        kernel = getattr(_native.kernels(self.backend), name)
+        backend = self.backend
 
-        def launch(view: Shape3, *arguments: Any) -> None:
-            first = next(a for a in arguments if isinstance(a, Tensor))
-            addresses = [_native.address(a) if a is None or isinstance(a, Tensor) else a for a in arguments]
-            kernel(_native.DTYPE_CODES[first.dtype], *view, *addresses, _native.context(first))
+        def launch(view: Shape3, first: Tensor, *arguments: Any) -> None:
+            addresses = [0 if a is None else a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
+            kernel = getattr(_native.kernels(backend), name)
+            kernel(_native.DTYPE_CODES[first.dtype], *view, first.data_ptr(), *addresses, _native.context(first))
 
+        self.__dict__[name] = launch
         return launch
 
 
@@ -693,10 +697,9 @@ def synchronised(
 
 
 def update_running(running_mean: Tensor, running_var: Tensor, mean: Tensor, variance: Tensor, momentum: float) -> None:
-    """Moves the running statistics, in place, towards those of a batch."""
-    with torch.no_grad():
-        running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-        running_var.lerp_(variance.to(running_var.dtype), momentum)
+    """Moves the running statistics, in place, towards those of a batch; none of them takes part in a gradient."""
+    for running, batch in ((running_mean, mean), (running_var, variance)):
+        running.lerp_(batch if batch.dtype == running.dtype else batch.to(running.dtype), momentum)
 
 
 class SynchronisedFunction(torch.autograd.Function):
