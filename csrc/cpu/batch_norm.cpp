@@ -248,24 +248,34 @@ static void add_leaf(const T* input, const Rows& rows, int64_t leaf, int64_t beg
   int64_t first_row = leaf * rows.leaf_rows, columns = end - begin, leaf_rows = rows.rows_of(leaf);
   for (int64_t row = 0; row < leaf_rows; row += block_rows) {
     const T* p = input + (first_row + row) * rows.stride + begin;
+    int64_t count = min(block_rows, leaf_rows - row);
+    auto add_block = [&] {
+      for (int64_t i = 0; i < round_up(columns, lanes<S>); i++) sum[i] = square[i] = 0;
+      Rows::for_each_tile<S, 8>(
+          0, count, 0, columns, [&](auto step, int64_t r, int64_t column, int64_t n) __attribute__((always_inline)) {
+            V from = load(origin + column), s0 = load(sum + column), q0 = load(square + column), s1 = {}, q1 = {};
+            for (int i = 0; i < step; i++) {
+              V d = load(p + (r + i) * rows.stride + column, n) - from;
+              (i & 1 ? s1 : s0) += d;
+              (i & 1 ? q1 : q0) += d * d;
+            }
+            store(sum + column, s0 + s1);
+            store(square + column, q0 + q1);
+          });
+    };
     for (int64_t i = 0; i < columns; i += lanes<S>) {
       V x = load(p + i, columns - i);
       store(origin + i, x - x == 0 ? x : V{});
-      store(sum + i, V{});
-      store(square + i, V{});
     }
-    int64_t count = min(block_rows, leaf_rows - row);
-    Rows::for_each_tile<S, 8>(
-        0, count, 0, columns, [&](auto step, int64_t r, int64_t column, int64_t n) __attribute__((always_inline)) {
-          V from = load(origin + column), s0 = load(sum + column), q0 = load(square + column), s1 = {}, q1 = {};
-          for (int i = 0; i < step; i++) {
-            V d = load(p + (r + i) * rows.stride + column, n) - from;
-            (i & 1 ? s1 : s0) += d;
-            (i & 1 ? q1 : q0) += d * d;
-          }
-          store(sum + column, s0 + s1);
-          store(square + column, q0 + q1);
-        });
+    add_block();
+    // A first row more than 5 deviations from the mean is no good origin; then the mean is one.
+    S part = 1 / static_cast<S>(count);
+    bool far = false;
+    for (int64_t i = 0; i < columns; i++) far |= sum[i] * sum[i] * part * 33 > square[i] * 32;
+    if (far) {
+      for (int64_t i = 0; i < columns; i++) origin[i] += sum[i] - sum[i] == 0 ? sum[i] * part : 0;
+      add_block();
+    }
     double c = static_cast<double>(count), each = 1 / c, before = static_cast<double>(row), total = before + c;
     double old_share = before / total, share = c / total, product = before * share;
     if (row == 0)

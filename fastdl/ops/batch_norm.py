@@ -58,8 +58,8 @@ def reference_inference(
     parameter: float,
 ) -> Tensor:
     """The output with given mean and variance by torch's operators."""
-    columns = [_computed(t, input) for t in (mean, variance, weight, bias)]
-    return _finish(F.batch_norm(input, *columns, False, 0.0, eps), residual, kind, parameter)
+    weight, bias, m, v = [_computed(t, input) for t in (weight, bias, mean, variance)]
+    return _finish(F.batch_norm(input, m, v, weight, bias, False, 0.0, eps), residual, kind, parameter)
 
 
 def _finish(y: Tensor, residual: Tensor | None, kind: int, parameter: float) -> Tensor:
