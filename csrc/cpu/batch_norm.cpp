@@ -91,7 +91,7 @@ INLINE double sum(V v) {
 // ---- how a tensor is cut ----
 template <class S>
 static bool takes_planes(int64_t inner) {
-  return inner >= 2 * lanes<S>;
+  return inner >= 3 * lanes<S>;
 }
 
 // A channel's planes in groups of several planes, or of a part of one; groups in parts, the shares of threads.
