@@ -13,8 +13,9 @@ namespace fastdl::ISA {
 
 // elements worth a thread of their own, and the most parts that work is cut into
 constexpr int64_t thread_elements = 16384, most_parts = 64;
-// Sums in the dtype of computation run over so many elements of a plane, or rows; then they are added up in double.
-constexpr int64_t group_elements = 4096, block_rows = 64;
+// Sums in the dtype of computation run over so many elements of a plane, of several small ones, or over so many rows;
+// then they are added up in double.
+constexpr int64_t group_elements = 4096, small_group_elements = 1024, block_rows = 64;
 // columns whose sums fit in the first-level cache; columns of one round, which bounds the scratch memory
 constexpr int64_t strip_columns = 512, round_columns = 8192;
 
@@ -101,15 +102,15 @@ struct Planes {
 
   explicit Planes(const BatchNormShape& shape) : outer(shape.outer), channels(shape.channels), inner(shape.inner) {
     elements_in_group = min(inner, group_elements);
-    planes_in_group = max(1, group_elements / inner);
+    planes_in_group = max(1, small_group_elements / inner);
     chunks = ceil_div(inner, elements_in_group);
     groups = ceil_div(outer, planes_in_group) * chunks;
-    parts = min(groups, ceil_div(most_parts, channels));
+    parts = min(groups, most_parts);
   }
-  // f(channel, part) for this thread's share
+  // f(channel, part) for this thread's share, nearly in the order of memory
   template <class F>
   void for_each_part(int thread, int team, F f) const {
-    for_share(channels * parts, thread, team, [&](int64_t task) { f(task / parts, task % parts); });
+    for_share(channels * parts, thread, team, [&](int64_t task) { f(task % channels, task / channels); });
   }
   // f(group's first element's offset, planes, elements of each) for the groups of a part of a channel
   template <class F>
