@@ -34,8 +34,16 @@ def address(tensor: Tensor | None) -> int:
 
 def empty(shape: tuple[int, ...] | torch.Size, like: Tensor) -> Tensor:
     """An uninitialised contiguous tensor of ``like``'s dtype and device."""
-    output = torch.empty(shape, dtype=like.dtype, device=like.device)
+    return _advised(torch.empty(shape, dtype=like.dtype, device=like.device))
+
+
+def empty_like(tensor: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """An uninitialised tensor of the same shape, dtype and device, in this memory format."""
+    return _advised(torch.empty_like(tensor, memory_format=memory_format))
+
+
+def _advised(output: Tensor) -> Tensor:
     bytes_ = output.numel() * output.element_size()
-    if bytes_ >= _HUGE_PAGES_FROM and like.device.type == "cpu" and (native := dispatch.native()) is not None:
+    if bytes_ >= _HUGE_PAGES_FROM and output.device.type == "cpu" and (native := dispatch.native()) is not None:
         native.cpu.advise_huge_pages(output.data_ptr(), bytes_)
     return output

@@ -388,14 +388,6 @@ def _view(input: Tensor, format: torch.memory_format) -> Shape3:
     return (n, channels, inner) if format == torch.contiguous_format else (n * inner, channels, 1)
 
 
-def _empty(input: Tensor, format: torch.memory_format) -> Tensor:
-    """An uninitialised tensor like the input, of this format."""
-    if format == torch.contiguous_format:
-        return _native.empty(input.shape, input)
-    n, channels, *inner = input.shape
-    return _native.empty((n, *inner, channels), input).movedim(-1, 1)
-
-
 def _laid_out(tensor: Tensor | None, format: torch.memory_format) -> Tensor | None:
     return None if tensor is None else tensor.contiguous(memory_format=format)
 
@@ -429,7 +421,7 @@ def _implement(backend: str, launcher: Callable[[], Any]) -> None:
         if input.numel() == 0:
             return reference(input, weight, bias, residual, eps, kind, parameter)
         format = memory_format(input)
-        output = _empty(input, format)
+        output = _native.empty_like(input, format)
         mean, rstd, variance = _empty_column(input), _empty_column(input), _empty_column(input)
         launcher().batch_norm(
             _view(input, format),
@@ -460,7 +452,7 @@ def _implement(backend: str, launcher: Callable[[], Any]) -> None:
         parameter: float,
     ) -> Tensor:
         format = memory_format(input)
-        output = _empty(input, format)
+        output = _native.empty_like(input, format)
         if input.numel():
             launcher().batch_norm_inference(
                 _view(input, format),
@@ -493,7 +485,7 @@ def _implement(backend: str, launcher: Callable[[], Any]) -> None:
         needs: Sequence[bool],
     ) -> list[Tensor]:
         format = memory_format(input)
-        makers: Any = (_empty, _empty_column, _empty_column, _empty)
+        makers: Any = (_native.empty_like, _empty_column, _empty_column, _native.empty_like)
         grads = [make(input, format) if need else None for make, need in zip(makers, needs, strict=True)]
         if input.numel() == 0:
             for grad in grads:
@@ -537,7 +529,7 @@ def _implement(backend: str, launcher: Callable[[], Any]) -> None:
         mean_product: Tensor,
     ) -> Tensor:
         format = memory_format(input)
-        grad_input = _empty(input, format)
+        grad_input = _native.empty_like(input, format)
         if input.numel():
             launcher().batch_norm_apply(
                 _view(input, format),
