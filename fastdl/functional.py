@@ -12,14 +12,12 @@ from torch import Tensor
 from fastdl import activations
 from fastdl.activations import Activation
 from fastdl.dispatch import AUTO_ORDER, Op, Selection, UnsupportedError, is_plain, state
+from fastdl.ops import batch_norm as _batch_norm
 from fastdl.ops import conv as _conv
 from fastdl.ops import linear as _linear
 from fastdl.ops.activation import ACTIVATION, ActivationFunction
 
-__all__ = ["conv1d", "conv2d", "elu", "gelu", "leaky_relu", "linear", "relu", "sigmoid", "silu", "tanh"]
-from fastdl.ops import batch_norm as _batch_norm
-
-__all__ = ["batch_norm", "elu", "gelu", "leaky_relu", "linear", "relu", "sigmoid", "silu", "tanh"]
+__all__ = ["batch_norm", "conv1d", "conv2d", "elu", "gelu", "leaky_relu", "linear", "relu", "sigmoid", "silu", "tanh"]
 
 
 def batch_norm(

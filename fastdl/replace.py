@@ -122,8 +122,7 @@ def explain(model: Module, *example: Any, **keywords: Any) -> Explanation:
     modules = list(_modules(model))
     calls = _watch(model, example, keywords) if example or keywords else None
     rows = Explanation()
-    ours = set(REPLACEMENTS.values()) | {nn.ConvReLU2d, nn.LinearReLU}
-    ours = set(REPLACEMENTS.values()) | {nn.BNReLU2d, nn.LinearReLU}
+    ours = set(REPLACEMENTS.values()) | {nn.BNReLU2d, nn.ConvReLU2d, nn.LinearReLU}
     for name, module in modules:
         kind = type(module)
         label = kind.__name__ if kind.__module__.startswith("torch.") else f"{kind.__module__}.{kind.__qualname__}"
