@@ -62,26 +62,6 @@ struct Conv1x1Arguments {
   void* output;                                     // [images, out_channels, pixels]
   void* preactivation;                              // like output, or null
   int64_t images, channels, out_channels, pixels;
-  int threads;
-};
-
-// element (o, c, i) of a tensor [outer, channels, inner] lies at (o * channels + c) * inner + i; none is empty
-struct BatchNormShape {
-  int64_t outer, channels, inner;
-};
-
-// output = activation((input - mean) * rstd * weight + bias + residual), rstd = 1 / sqrt(variance + eps). What is
-// [channels] is in the dtype of computation: float32 for 16-bit types.
-struct BatchNormArguments {
-  int dtype;
-  const void* input;
-  const void *weight, *bias;                // [channels] or null
-  const void* residual;                     // of input's shape, or null
-  const void *given_mean, *given_variance;  // [channels], or null: then they are taken from input
-  void* output;
-  void *mean, *rstd, *variance;  // [channels]: receive the statistics taken, variance the unbiased one
-  BatchNormShape shape;
-  double eps;
   Activation activation;
   int threads;
 };
@@ -121,6 +101,28 @@ struct ChannelGradientArguments {
   void* grad_input;         // like grad_output, or null
   void* grad_bias;          // [channels] or null
   int64_t images, channels, pixels;
+  Activation activation;
+  int threads;
+};
+
+// element (o, c, i) of a tensor [outer, channels, inner] lies at (o * channels + c) * inner + i; none is empty
+struct BatchNormShape {
+  int64_t outer, channels, inner;
+};
+
+// output = activation((input - mean) * rstd * weight + bias + residual), rstd = 1 / sqrt(variance + eps). What is
+// [channels] is in the dtype of computation: float32 for 16-bit types.
+struct BatchNormArguments {
+  int dtype;
+  const void* input;
+  const void *weight, *bias;                // [channels] or null
+  const void* residual;                     // of input's shape, or null
+  const void *given_mean, *given_variance;  // [channels], or null: then they are taken from input
+  void* output;
+  void *mean, *rstd, *variance;  // [channels]: receive the statistics taken, variance the unbiased one
+  BatchNormShape shape;
+  double eps;
+  Activation activation;
   int threads;
 };
 
