@@ -4,6 +4,7 @@
 namespace fastdl {
 
 void bind_cuda(py::module_& module) {
+  bind_cuda_conv(module);
   bind_cuda_linear(module);
 
   module.def("targets", &cuda::targets, "architectures with machine code in this build");

@@ -3,11 +3,14 @@
 #pragma once
 #include <concepts>
 #include <cstdint>
+#include <map>
+#include <mutex>
 #include <source_location>
 #include <sstream>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
+#include <utility>
 
 #ifdef FDL_EMULATE
 #include "cuda_emu.h"
@@ -111,13 +114,27 @@ inline void check(cudaError_t status, const char* call, std::source_location sit
   if (status != cudaSuccess) fail(status, call, site);
 }
 
+// Asks for shared memory beyond the 48 KiB that every kernel may have: once a kernel and device, as it costs a
+// microsecond.
+inline void allow_shared_memory(const void* kernel, size_t bytes, std::source_location site) {
+  static std::mutex mutex;
+  static std::map<std::pair<int, const void*>, size_t> allowed;
+  int device = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice", site);
+  const std::lock_guard lock(mutex);
+  size_t& most = allowed[{device, kernel}];
+  if (bytes <= most) return;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)), "cudaFuncSetAttribute",
+        site);
+  most = bytes;
+}
+
 // Launches kernel(arguments...) on the shape's stream; throws std::runtime_error with the caller's file and line, the
 // shape and the arguments if that fails.
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), const Shape& shape, Arguments... arguments) {
-  if (shape.shared_bytes > 48 * 1024) {  // more must be asked for
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shape.shared_bytes)),
-          "cudaFuncSetAttribute", shape.site);
+  if (shape.shared_bytes > 48 * 1024) {
+    allow_shared_memory(reinterpret_cast<const void*>(kernel), shape.shared_bytes, shape.site);
   }
   cudaLaunchAttribute attributes[2];
   cudaLaunchConfig_t config{};

@@ -5,6 +5,7 @@
 // (float64 for float64). saved: what the gradient needs, the output y, or the preactivation z for gelu and silu; null
 // for none. Bad codes, sizes and pointers throw std::invalid_argument, failed launches std::runtime_error.
 #pragma once
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <string>
@@ -94,6 +95,46 @@ constexpr int64_t fused_gradient_elements = 1 << 18;
 // gradient, 2 its weight's. multiprocessors: of the device that it will run on, 0: the current one.
 size_t linear_workspace(int product, int dtype, int64_t M, int64_t N, int64_t K, int multiprocessors,
                         bool deterministic);
+
+// A 4-dimensional array of any strides, in elements.
+struct Strided {
+  void* data;
+  std::array<int64_t, 4> size, stride;
+};
+
+struct Geometry {  // of a convolution; pairs are of height and width
+  std::array<int64_t, 2> stride, padding, dilation;
+  int64_t groups;
+};
+
+// output = activation(z), z = conv2d(input, weight) + bias. What does not lie with whole chunks of 16 bytes of channels
+// innermost is packed into the workspace first; outputs are written as they are.
+void conv(int dtype,
+          const Strided& input,   // [N, C, H, W]
+          const Strided& weight,  // [K, C / groups, R, S]
+          const void* bias,       // [K] or null: 0
+          const Strided& output,  // [N, K, P, Q]
+          void* preactivation,    // z, with the output's strides, or null
+          const Geometry& geometry, int kind, double parameter, bool allow_tf32,
+          void* workspace,  // as many bytes as conv_workspace says, 256-byte aligned
+          cudaStream_t stream);
+size_t conv_workspace(int dtype, const Strided& input, const Strided& weight, const Strided& output,
+                      const Geometry& geometry, bool allow_tf32);
+
+// The gradients of conv with kind none; the same in every run. Those whose address is null are left out.
+void conv_backward(int dtype,
+                   const Strided& grad_output,  // [N, K, P, Q]
+                   const Strided& input,        // [N, C, H, W]; read for grad_weight only
+                   const Strided& weight,       // [K, C / groups, R, S]; read for grad_input only
+                   const Strided& grad_input,   // [N, C, H, W]
+                   const Strided& grad_weight,  // [K, C / groups, R, S]; its strides allow R and S to be one dimension
+                   void* grad_bias,             // [K]
+                   const Geometry& geometry, bool allow_tf32,
+                   void* workspace,  // as many bytes as conv_backward_workspace says, 256-byte aligned
+                   cudaStream_t stream);
+size_t conv_backward_workspace(int dtype, const Strided& grad_output, const Strided& input, const Strided& weight,
+                               const Strided& grad_input, const Strided& grad_weight, void* grad_bias,
+                               const Geometry& geometry, bool allow_tf32);
 
 std::vector<std::string> targets();  // architectures with machine code in this build
 std::string version();               // of the CUDA toolkit that built it

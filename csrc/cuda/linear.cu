@@ -257,28 +257,6 @@ void bias_activation_backward(int dtype, const void* grad_output, const void* sa
 
 namespace {
 
-DeviceLimits device_limits() {
-#ifdef FDL_EMULATE
-  return {4, 163 * 1024};  // few multiprocessors, so that small tests meet large tiles
-#else
-  DeviceLimits limits{};
-  int device = 0;
-  check(cudaGetDevice(&device), "cudaGetDevice");
-  check(cudaDeviceGetAttribute(&limits.multiprocessors, cudaDevAttrMultiProcessorCount, device),
-        "cudaDeviceGetAttribute");
-  check(cudaDeviceGetAttribute(&limits.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-        "cudaDeviceGetAttribute");
-  return limits;
-#endif
-}
-
-template <class T>
-Arithmetic arithmetic_of(bool allow_tf32) {
-  if (sizeof(T) == 2) return Arithmetic::half;
-  if (sizeof(T) == 8) return Arithmetic::float64;
-  return allow_tf32 ? Arithmetic::tf32 : Arithmetic::float32;
-}
-
 // Whether an operand can be copied by chunks along a dimension.
 template <class T>
 bool has_vectors(const Operand<T>& operand, Layout layout) {
@@ -347,26 +325,10 @@ void multiply(Product<T> product, bool allow_tf32, void* workspace, cudaStream_t
   auto run = [&]<bool tensor_cores, TileName tile>() {
     launch_matmul<T, tensor_cores, tile>(product, layout_a, layout_b, plan.splits, stream);
   };
-  if (arithmetic == Arithmetic::half || arithmetic == Arithmetic::tf32) {
-    if constexpr (sizeof(T) < 8) {
-      if (plan.tile == TileName::large) run.template operator()<true, TileName::large>();
-      if (plan.tile == TileName::medium) run.template operator()<true, TileName::medium>();
-      if (plan.tile == TileName::small) run.template operator()<true, TileName::small>();
-    }
-  } else if constexpr (sizeof(T) == 4) {
-    if (plan.tile == TileName::plain) run.template operator()<false, TileName::plain>();
-    if (plan.tile == TileName::small) run.template operator()<false, TileName::small>();
-  } else if constexpr (sizeof(T) == 8) {
-    run.template operator()<false, TileName::float64>();
-  }
+  dispatch_tile<T>(arithmetic, plan.tile, run);
   if (plan.splits == 1) return;
-  const Compute<T>* partial = epilogue.partial;
-  epilogue.partial = nullptr;
-  const int64_t work =
-      epilogue.rows * ceil_div(epilogue.columns, int64_t(kEndWidth<T>)) + (row_sums ? epilogue.rows : 0);
-  const int64_t blocks = std::min(ceil_div(work, int64_t(kFinishThreads)), kMaximumBlocks);
-  launch(finish_kernel<T>, Shape(dim3(unsigned(blocks)), dim3(kFinishThreads), 0, stream), epilogue, partial,
-         static_cast<const Compute<T>*>(partial_row_sums), row_sums, plan.splits);
+  launch_finish(epilogue, static_cast<const Compute<T>*>(epilogue.partial),
+                static_cast<const Compute<T>*>(partial_row_sums), row_sums, plan.splits, 1, stream);
 }
 
 void require_product(const char* name, int64_t M, int64_t N, int64_t K, int kind) {

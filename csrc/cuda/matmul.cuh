@@ -388,81 +388,52 @@ constexpr int kTileThreads = kTiles[int(name)].threads();
 template <class T>
 constexpr int kEndWidth = 32 / sizeof(Compute<T>);
 
-// Launches (tiles, splits) blocks.
+// What a kernel computes with: its parts of a stage and its warps' products.
 template <class T, bool tensor_cores, TileName name, Layout layout_a, Layout layout_b>
-__global__ void __launch_bounds__(kTileThreads<name>, kResidentBlocks[int(name)])
-    matmul_kernel(const __grid_constant__ Product<T> product) {
-  constexpr Tile tile = kTiles[int(name)];
-  constexpr int threads = kTileThreads<name>;
-  using StageA = StageTile<T, layout_a, tile.rows, tile.depth_bytes, threads>;
-  using StageB = StageTile<T, layout_b, tile.columns, tile.depth_bytes, threads>;
+struct Parts {
+  static constexpr Tile tile = kTiles[int(name)];
+  using StageA = StageTile<T, layout_a, tile.rows, tile.depth_bytes, kTileThreads<name>>;
+  using StageB = StageTile<T, layout_b, tile.columns, tile.depth_bytes, kTileThreads<name>>;
   using Warp = std::conditional_t<tensor_cores, TensorCores<T, name, StageA, StageB, layout_a, layout_b>,
                                   CudaCores<T, name, StageA, StageB, layout_a, layout_b>>;
-  constexpr bool by_elements = tile.flexible && layout_a == Layout::depth && layout_b == Layout::depth;
-  constexpr bool can_sum_rows = tile.flexible || layout_a == Layout::rows;
-  constexpr int stages = tile.stages;
-  FDL_DYN_SHARED(char, shared);
-  const auto& epilogue = product.epilogue;
+};
 
-  const int64_t row_tiles = (epilogue.rows + tile.rows - 1) / tile.rows;
-  const int64_t group_tiles = kTileGroup * (gridDim.x / row_tiles);
-  const int64_t group = blockIdx.x / group_tiles * kTileGroup, in_group = blockIdx.x % group_tiles;
-  const int64_t group_rows = min(row_tiles - group, kTileGroup);
-  const int64_t first_row = (group + in_group % group_rows) * tile.rows;
-  const int64_t first_column = in_group / group_rows * tile.columns;
-  const int64_t first_depth = blockIdx.y * product.split_depth;
-  const int depth = int(min(product.depth - first_depth, product.split_depth));
-  const int steps = (depth + StageA::kDepth - 1) / StageA::kDepth;
+// The first row and column of this block's tile of a product.
+template <TileName name>
+struct TilePlace {
+  int64_t row, column;
 
-  const int warp = threadIdx.x / 32, warp_row = warp % (tile.rows / tile.warp_rows) * tile.warp_rows;
-  const int warp_column = warp / (tile.rows / tile.warp_rows) * tile.warp_columns;
-  // Those of A's rows are the first warps' extra work in the first column of tiles.
-  const bool sums_rows = can_sum_rows && product.row_sums && first_column == 0 && int(threadIdx.x) < tile.rows;
-  const bool gradient = tile.flexible && product.gradient != Activation::none;
-  const int stage_bytes = StageA::kBytes * (gradient ? 2 : 1) + StageB::kBytes;
+  __device__ __forceinline__ explicit TilePlace(int64_t rows) {
+    constexpr Tile tile = kTiles[int(name)];
+    const int64_t row_tiles = (rows + tile.rows - 1) / tile.rows;
+    const int64_t group_tiles = kTileGroup * (gridDim.x / row_tiles);
+    const int64_t group = blockIdx.x / group_tiles * kTileGroup, in_group = blockIdx.x % group_tiles;
+    const int64_t group_rows = min(row_tiles - group, kTileGroup);
+    row = (group + in_group % group_rows) * tile.rows;
+    column = in_group / group_rows * tile.columns;
+  }
+};
 
-  Copier<StageA, T, layout_a> copy_a(product.a, first_row, first_depth),
-      copy_saved(product.saved, first_row, first_depth);
-  Copier<StageB, T, layout_b> copy_b(product.b, first_column, first_depth);
-  auto load_stage = [&](int step) {
-    char* stage = shared + step % stages * stage_bytes;
-    const int done = step * StageA::kDepth;
-    if (by_elements && !product.a.vectors) {
-      load_elements<StageA, T, threads>(stage, product.a, gradient ? &product.saved : nullptr, product, first_row,
-                                        first_depth + done, depth - done);
-    } else {
-      copy_a(stage, depth - done);
-      if (gradient) copy_saved(stage + StageA::kBytes + StageB::kBytes, depth - done);
-    }
-    if (by_elements && !product.b.vectors) {
-      load_elements<StageB, T, threads>(stage + StageA::kBytes, product.b, nullptr, product, first_column,
-                                        first_depth + done, depth - done);
-    } else {
-      copy_b(stage + StageA::kBytes, depth - done);
-    }
-  };
-  // Until the stage of a step is there for all threads, and all have read the stage before it.
-  auto wait_for = [&](int step) {
-    ptx::cp_async_wait<stages - 2>();
-    if (gradient && step < steps && !(by_elements && !product.a.vectors)) {  // each thread takes its own copies
-      char* a = shared + step % stages * stage_bytes;
-#pragma unroll 1
-      for (int i = threadIdx.x; i < StageA::kLines * StageA::kLineChunks; i += threads) {
-        const int at = StageA::offset(i / StageA::kLineChunks, i % StageA::kLineChunks);
-        auto& values = *reinterpret_cast<Chunk<T>*>(a + at);
-        const auto& saved = *reinterpret_cast<const Chunk<T>*>(a + StageA::kBytes + StageB::kBytes + at);
-        values = gradient_chunk<T>(values, saved, product.gradient, product.parameter);
-      }
-    }
-    __syncthreads();
-  };
+// The same of a warp in its block's tile.
+template <TileName name>
+struct WarpPlace {
+  static constexpr Tile tile = kTiles[int(name)];
+  int warp = threadIdx.x / 32, row = warp % (tile.rows / tile.warp_rows) * tile.warp_rows;
+  int column = warp / (tile.rows / tile.warp_rows) * tile.warp_columns;
+};
 
-  Warp sums(warp_row, warp_column);
-  Compute<T> row_sum = 0;
+// The main loop: sums of all steps. load_stage(step) starts to fill a step's stage, of which the first StageA::kBytes
+// are A's and B's follow. wait_for(step) waits until it is there for all threads, and all have read the stage before
+// it. read_stage(step) is called while it is there.
+template <class Parts, class Load, class Wait, class Read>
+__device__ __forceinline__ void run_pipeline(typename Parts::Warp& sums, const char* shared, int stage_bytes, int steps,
+                                             const Load& load_stage, const Wait& wait_for, const Read& read_stage) {
+  using Warp = typename Parts::Warp;
+  constexpr int stages = Parts::tile.stages;
   typename Warp::Fragments fragments[2];
   auto load_fragments = [&](int step, int part) {
     const char* stage = shared + step % stages * stage_bytes;
-    sums.load(fragments[Warp::kAhead ? part % 2 : 0], stage, stage + StageA::kBytes, part);
+    sums.load(fragments[Warp::kAhead ? part % 2 : 0], stage, stage + Parts::StageA::kBytes, part);
   };
 #pragma unroll 1
   for (int step = 0; step < stages - 1; ++step) {
@@ -483,7 +454,7 @@ __global__ void __launch_bounds__(kTileThreads<name>, kResidentBlocks[int(name)]
         load_fragments(step, part);
       }
       if (part == 0) {
-        if (sums_rows) row_sum += StageA::sum_row(shared + step % stages * stage_bytes, threadIdx.x);
+        read_stage(step);
         if (step + stages - 1 < steps) load_stage(step + stages - 1);
         ptx::cp_async_commit();
       }
@@ -493,24 +464,22 @@ __global__ void __launch_bounds__(kTileThreads<name>, kResidentBlocks[int(name)]
   }
   ptx::cp_async_wait<0>();
   __syncthreads();  // the sums take the stages' place
+}
 
-  if (sums_rows && first_row + threadIdx.x < epilogue.rows) {
-    const int64_t row = first_row + threadIdx.x;
-    const Compute<T> values[1] = {row_sum};
-    if (product.partial_row_sums) {
-      store(product.partial_row_sums + blockIdx.y * epilogue.rows + row, values);
-    } else {
-      store(product.row_sums + row, values);
-    }
-  }
-
+// Calls end(row, column, values) for the tile's sums, kEndWidth neighbouring columns at a time; the row and column are
+// the tile's. by_rows: neighbouring threads take neighbouring rows, for outputs that are contiguous along them.
+template <class T, TileName name, class Warp, class End>
+__device__ __forceinline__ void end_sums(const Warp& sums, char* shared, const WarpPlace<name>& place, bool by_rows,
+                                         const End& end) {
+  constexpr Tile tile = kTiles[int(name)];
   constexpr int pitch = tile.warp_columns + kStagingPadding, width = kEndWidth<T>;
-  auto* staging = reinterpret_cast<Compute<T>*>(shared) + warp * tile.warp_rows * pitch;
+  auto* staging = reinterpret_cast<Compute<T>*>(shared) + place.warp * tile.warp_rows * pitch;
   sums.stage_sums(staging);
   __syncwarp();
 #pragma unroll 1
   for (int i = threadIdx.x % 32; i < tile.warp_rows * tile.warp_columns / width; i += 32) {
-    const int row = i / (tile.warp_columns / width), column = i % (tile.warp_columns / width) * width;
+    const int row = by_rows ? i % tile.warp_rows : i / (tile.warp_columns / width);
+    const int column = (by_rows ? i / tile.warp_rows : i % (tile.warp_columns / width)) * width;
     constexpr int at_once = 16 / sizeof(Compute<T>);
     Compute<T> values[width];
 #pragma unroll
@@ -519,8 +488,93 @@ __global__ void __launch_bounds__(kTileThreads<name>, kResidentBlocks[int(name)]
 #pragma unroll
       for (int k = 0; k < at_once; ++k) values[j + k] = part.element[k];
     }
-    epilogue(first_row + warp_row + row, first_column + warp_column + column, values, int(blockIdx.y));
+    end(place.row + row, place.column + column, values);
   }
+}
+
+// Stores a thread's sum of a row: finished, or of this block's split of the depth.
+template <class T>
+__device__ __forceinline__ void store_row_sum(Compute<T> sum, int64_t row, int64_t rows, T* row_sums,
+                                              Compute<T>* partial_row_sums) {
+  if (row >= rows) return;
+  const Compute<T> values[1] = {sum};
+  if (partial_row_sums) {
+    store(partial_row_sums + (int64_t(blockIdx.z) * gridDim.y + blockIdx.y) * rows + row, values);
+  } else {
+    store(row_sums + blockIdx.z * rows + row, values);
+  }
+}
+
+// Launches (tiles, splits) blocks.
+template <class T, bool tensor_cores, TileName name, Layout layout_a, Layout layout_b>
+__global__ void __launch_bounds__(kTileThreads<name>, kResidentBlocks[int(name)])
+    matmul_kernel(const __grid_constant__ Product<T> product) {
+  using P = Parts<T, tensor_cores, name, layout_a, layout_b>;
+  using StageA = typename P::StageA;
+  using StageB = typename P::StageB;
+  constexpr Tile tile = kTiles[int(name)];
+  constexpr int threads = kTileThreads<name>, stages = tile.stages;
+  constexpr bool by_elements = tile.flexible && layout_a == Layout::depth && layout_b == Layout::depth;
+  constexpr bool can_sum_rows = tile.flexible || layout_a == Layout::rows;
+  FDL_DYN_SHARED(char, shared);
+  const auto& epilogue = product.epilogue;
+
+  const TilePlace<name> first(epilogue.rows);
+  const int64_t first_depth = blockIdx.y * product.split_depth;
+  const int depth = int(min(product.depth - first_depth, product.split_depth));
+  const int steps = (depth + StageA::kDepth - 1) / StageA::kDepth;
+  const WarpPlace<name> warp;
+  // Those of A's rows are the first warps' extra work in the first column of tiles.
+  const bool sums_rows = can_sum_rows && product.row_sums && first.column == 0 && int(threadIdx.x) < tile.rows;
+  const bool gradient = tile.flexible && product.gradient != Activation::none;
+  const int stage_bytes = StageA::kBytes * (gradient ? 2 : 1) + StageB::kBytes;
+
+  Copier<StageA, T, layout_a> copy_a(product.a, first.row, first_depth),
+      copy_saved(product.saved, first.row, first_depth);
+  Copier<StageB, T, layout_b> copy_b(product.b, first.column, first_depth);
+  auto load_stage = [&](int step) {
+    char* stage = shared + step % stages * stage_bytes;
+    const int done = step * StageA::kDepth;
+    if (by_elements && !product.a.vectors) {
+      load_elements<StageA, T, threads>(stage, product.a, gradient ? &product.saved : nullptr, product, first.row,
+                                        first_depth + done, depth - done);
+    } else {
+      copy_a(stage, depth - done);
+      if (gradient) copy_saved(stage + StageA::kBytes + StageB::kBytes, depth - done);
+    }
+    if (by_elements && !product.b.vectors) {
+      load_elements<StageB, T, threads>(stage + StageA::kBytes, product.b, nullptr, product, first.column,
+                                        first_depth + done, depth - done);
+    } else {
+      copy_b(stage + StageA::kBytes, depth - done);
+    }
+  };
+  auto wait_for = [&](int step) {
+    ptx::cp_async_wait<stages - 2>();
+    if (gradient && step < steps && !(by_elements && !product.a.vectors)) {  // each thread takes its own copies
+      char* a = shared + step % stages * stage_bytes;
+#pragma unroll 1
+      for (int i = threadIdx.x; i < StageA::kLines * StageA::kLineChunks; i += threads) {
+        const int at = StageA::offset(i / StageA::kLineChunks, i % StageA::kLineChunks);
+        auto& values = *reinterpret_cast<Chunk<T>*>(a + at);
+        const auto& saved = *reinterpret_cast<const Chunk<T>*>(a + StageA::kBytes + StageB::kBytes + at);
+        values = gradient_chunk<T>(values, saved, product.gradient, product.parameter);
+      }
+    }
+    __syncthreads();
+  };
+
+  typename P::Warp sums(warp.row, warp.column);
+  Compute<T> row_sum = 0;
+  run_pipeline<P>(sums, shared, stage_bytes, steps, load_stage, wait_for, [&](int step) {
+    if (sums_rows) row_sum += StageA::sum_row(shared + step % stages * stage_bytes, threadIdx.x);
+  });
+  if (sums_rows) {
+    store_row_sum(row_sum, first.row + threadIdx.x, epilogue.rows, product.row_sums, product.partial_row_sums);
+  }
+  end_sums<T, name>(sums, shared, warp, false, [&](int row, int column, Compute<T>(&values)[kEndWidth<T>]) {
+    epilogue(first.row + row, first.column + column, values, int(blockIdx.y));
+  });
 }
 
 // ---- The end of a split product -------------------------------------------------------------------------------------
@@ -528,28 +582,29 @@ __global__ void __launch_bounds__(kTileThreads<name>, kResidentBlocks[int(name)]
 constexpr int kFinishThreads = 256;
 
 // Adds the splits' partial sums in order, and ends them as the product would have. Blocks stride over vectors of
-// columns, then over the row sums.
-template <class T>
-__global__ void __launch_bounds__(kFinishThreads)
-    finish_kernel(const __grid_constant__ Epilogue<T> epilogue,  // partial: null
-                  const Compute<T>* partial,                     // [splits, rows, columns]
-                  const Compute<T>* partial_row_sums,            // [splits, rows] or null
-                  T* row_sums,                                   // [rows]
-                  int splits) {
+// columns, then over the row sums; the grid's z counts the products of a batch.
+template <class T, class End>
+__global__ void __launch_bounds__(kFinishThreads) finish_kernel(const __grid_constant__ End epilogue,  // partial: null
+                                                                const Compute<T>* partial,  // [splits, rows, columns]
+                                                                const Compute<T>* partial_row_sums,  // [splits, rows]
+                                                                T* row_sums,                         // [rows] or null
+                                                                int splits) {
   constexpr int width = kEndWidth<T>;
   const int64_t row_vectors = (epilogue.columns + width - 1) / width, vectors = epilogue.rows * row_vectors;
-  const int64_t work = vectors + (partial_row_sums ? epilogue.rows : 0);
+  const int64_t work = vectors + (row_sums ? epilogue.rows : 0);
   const int64_t size = epilogue.rows * epilogue.columns;
   for (int64_t i = int64_t(blockIdx.x) * kFinishThreads + threadIdx.x; i < work;
        i += int64_t(gridDim.x) * kFinishThreads) {
     if (i >= vectors) {
+      const int64_t row = i - vectors;
+      const Compute<T>* source = partial_row_sums + blockIdx.z * splits * epilogue.rows + row;
       Compute<T> total[1] = {};
-      for (int split = 0; split < splits; ++split) total[0] += partial_row_sums[split * epilogue.rows + i - vectors];
-      store(row_sums + i - vectors, total);
+      for (int split = 0; split < splits; ++split) total[0] += source[split * epilogue.rows];
+      store(row_sums + blockIdx.z * epilogue.rows + row, total);
       continue;
     }
     const int64_t row = i / row_vectors, column = i % row_vectors * width;
-    const Compute<T>* source = partial + row * epilogue.columns + column;
+    const Compute<T>* source = partial + (blockIdx.z * splits * epilogue.rows + row) * epilogue.columns + column;
     Compute<T> values[width] = {};
     for (int split = 0; split < splits; ++split, source += size) {
       if (epilogue.vectors) {
@@ -570,6 +625,60 @@ __global__ void __launch_bounds__(kFinishThreads)
     }
     epilogue(row, column, values);
   }
+}
+
+// ---- Host -----------------------------------------------------------------------------------------------------------
+
+inline DeviceLimits device_limits() {
+#ifdef FDL_EMULATE
+  return {4, 163 * 1024};  // few multiprocessors, so that small tests meet large tiles
+#else
+  DeviceLimits limits{};
+  int device = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&limits.multiprocessors, cudaDevAttrMultiProcessorCount, device),
+        "cudaDeviceGetAttribute");
+  check(cudaDeviceGetAttribute(&limits.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+        "cudaDeviceGetAttribute");
+  return limits;
+#endif
+}
+
+template <class T>
+Arithmetic arithmetic_of(bool allow_tf32) {
+  if (sizeof(T) == 2) return Arithmetic::half;
+  if (sizeof(T) == 8) return Arithmetic::float64;
+  return allow_tf32 ? Arithmetic::tf32 : Arithmetic::float32;
+}
+
+// Calls function<tensor_cores, tile>() for the tile that a plan has chosen.
+template <class T, class Function>
+void dispatch_tile(Arithmetic arithmetic, TileName tile, const Function& function) {
+  if (arithmetic == Arithmetic::half || arithmetic == Arithmetic::tf32) {
+    if constexpr (sizeof(T) < 8) {
+      if (tile == TileName::large) function.template operator()<true, TileName::large>();
+      if (tile == TileName::medium) function.template operator()<true, TileName::medium>();
+      if (tile == TileName::small) function.template operator()<true, TileName::small>();
+    }
+  } else if constexpr (sizeof(T) == 4) {
+    if (tile == TileName::plain) function.template operator()<false, TileName::plain>();
+    if (tile == TileName::small) function.template operator()<false, TileName::small>();
+  } else if constexpr (sizeof(T) == 8) {
+    function.template operator()<false, TileName::float64>();
+  }
+}
+
+// Launches (blocks, 1, batch) blocks of finish_kernel.
+template <class T, class End>
+void launch_finish(const End& epilogue, const Compute<T>* partial, const Compute<T>* partial_row_sums, T* row_sums,
+                   int splits, unsigned batch, cudaStream_t stream) {
+  const int64_t work =
+      epilogue.rows * ceil_div(epilogue.columns, int64_t(kEndWidth<T>)) + (row_sums ? epilogue.rows : 0);
+  const int64_t blocks = std::min(ceil_div(work, int64_t(kFinishThreads)), kMaximumBlocks);
+  End finished = epilogue;
+  finished.partial = nullptr;
+  launch(finish_kernel<T, End>, Shape(dim3(unsigned(blocks), 1, batch), dim3(kFinishThreads), 0, stream), finished,
+         partial, partial_row_sums, row_sums, splits);
 }
 
 }  // namespace fastdl::cuda

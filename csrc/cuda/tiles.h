@@ -62,9 +62,10 @@ struct Plan {
 
 // The plan with the least estimated time for a product [rows, depth] x [depth, columns]. The estimate is the busiest
 // multiprocessor's: its blocks times a block's products, over the tile's speed.
-// flexible: only flexible tiles will do. may_split: the caller has a workspace for partial sums.
+// flexible: only flexible tiles will do. may_split: the caller has a workspace for partial sums. batch: of how many
+// such products, that run at the same time.
 inline Plan choose_plan(Arithmetic arithmetic, int64_t rows, int64_t columns, int64_t depth, bool flexible,
-                        bool gradient, bool may_split, DeviceLimits device) {
+                        bool gradient, bool may_split, DeviceLimits device, int64_t batch = 1) {
   struct Candidate {
     TileName name;
     double speed;  // relative, of a full multiprocessor
@@ -93,8 +94,8 @@ inline Plan choose_plan(Arithmetic arithmetic, int64_t rows, int64_t columns, in
     if (shared_bytes(tile, gradient, compute_bytes) > device.shared_bytes) continue;
     const int64_t tile_depth = tile.depth_bytes / element_bytes;
     const int64_t stages = (depth + tile_depth - 1) / tile_depth;
-    const int64_t tiles =
-        ((rows + tile.rows - 1) / tile.rows) * std::max<int64_t>(1, (columns + tile.columns - 1) / tile.columns);
+    const int64_t tiles = batch * ((rows + tile.rows - 1) / tile.rows) *
+                          std::max<int64_t>(1, (columns + tile.columns - 1) / tile.columns);
     for (const int splits : kSplits) {
       const int64_t split_stages = (stages + splits - 1) / splits;
       if (splits > 1 && (!may_split || split_stages < tile.stages || split_stages * (splits - 1) >= stages)) continue;
@@ -103,7 +104,8 @@ inline Plan choose_plan(Arithmetic arithmetic, int64_t rows, int64_t columns, in
       const double share = std::min(1.0, (blocks + 1) / (kResidentBlocks[int(name)] + 1));
       const double products = double(split_stages * tile_depth + kTileDepth) * tile.rows * tile.columns;
       double cost = blocks * products / (speed * share);
-      if (splits > 1) cost += kPartialDepth * splits * double(rows) * double(columns) / device.multiprocessors;
+      const double partials = double(batch) * splits * double(rows) * double(columns);
+      if (splits > 1) cost += kPartialDepth * partials / device.multiprocessors;
       if (best.splits == 0 || cost < best_cost) {
         best = {name, splits, split_stages * tile_depth};
         best_cost = cost;

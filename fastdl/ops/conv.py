@@ -16,6 +16,7 @@ from torch._prims_common import suggest_memory_format
 from fastdl import accuracy, activations
 from fastdl.dispatch import Op, Support
 from fastdl.ops import _native, linear
+from fastdl.ops.activation import ACTIVATION_BACKWARD
 
 Pair = Sequence[int]  # of height and width
 
@@ -599,6 +600,124 @@ def _depthwise_backward(
 
 _CPU_NOTE = "own kernels for 1x1, depthwise and all activations; other products by oneDNN, float64's by ATen"
 _add("cpu", _cpu_forward, _cpu_backward, _CPU_NOTE)
+
+
+# --------------------------------------------------------------------------------------------------------------- cuda
+
+
+def _allow_tf32(tensor: Tensor) -> bool:
+    """As torch's switch for the device says; a CPU's is for the emulator."""
+    library = torch.backends.cudnn if tensor.is_cuda else torch.backends.mkldnn
+    return bool(library.conv.fp32_precision == "tf32")
+
+
+def _workspace(size: int, like: Tensor) -> Tensor | None:
+    return torch.empty(size, dtype=torch.uint8, device=like.device) if size else None
+
+
+def _strided(tensor: Tensor) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+    """A tensor as the CUDA kernels take it."""
+    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
+
+
+def _is_rows(tensor: Tensor) -> bool:
+    """Whether a 1x1 convolution can take it as a matrix."""
+    return tensor.is_contiguous(memory_format=torch.channels_last)
+
+
+def _cuda_forward(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+    kind: int,
+    parameter: float,
+    preactivation: bool,
+) -> tuple[Tensor, Tensor | None]:
+    format, shape = memory_format(input, weight), _output_shape(input, weight, stride, padding, dilation)
+    tf32 = _allow_tf32(input)
+    if _is_1x1(weight, stride, padding, groups) and format is torch.channels_last and _is_rows(input):
+        rows, z = linear.cuda_forward(_pixels(input), weight.flatten(1), bias, kind, parameter, preactivation, tf32)
+        return _image(rows, shape), None if z is None else _image(z, shape)
+    y = _empty(shape, input, format)
+    z = torch.empty_like(y) if preactivation else None
+    kernels, dtype = _native.kernels("cuda"), _native.DTYPE_CODES[input.dtype]
+    x, w, out = _strided(input), _strided(weight), _strided(y)
+    geometry = (stride, padding, dilation, groups)
+    workspace = _workspace(kernels.conv_workspace(dtype, x, w, out, *geometry, tf32), input)
+    kernels.conv(
+        dtype,
+        x,
+        w,
+        _native.address(bias),
+        out,
+        _native.address(z),
+        *geometry,
+        kind,
+        parameter,
+        tf32,
+        _native.address(workspace),
+        _native.context(input),
+    )
+    return y, z
+
+
+def _cuda_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    saved: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+    kind: int,
+    parameter: float,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    format, tf32 = memory_format(input, weight), _allow_tf32(grad_output)
+    is_product = _is_1x1(weight, stride, padding, groups) and _is_rows(grad_output)
+    if is_product and format is torch.channels_last and (_is_rows(input) or not needs[1]):
+        x, w = _pixels(input) if needs[1] else None, weight.flatten(1) if needs[0] else None
+        rows = None if saved is None else _pixels(saved)
+        gradients = linear.cuda_backward(_pixels(grad_output), x, w, rows, kind, parameter, needs[2], tf32)
+        shapes = [shape for shape, need in zip((input.shape, (*weight.shape[:2], 1, 1)), needs, strict=False) if need]
+        images = [
+            _image(each, (shape[0], shape[1], *shape[2:])) for each, shape in zip(gradients, shapes, strict=False)
+        ]
+        return [*images, *gradients[len(images) :]]
+    if saved is not None:
+        grad_output = ACTIVATION_BACKWARD.implementations["cuda"](grad_output, saved, kind, parameter)
+    wanted = [
+        _empty(tensor.shape, grad_output, format) if need else None
+        for tensor, need in zip((input, weight), needs, strict=False)
+    ]
+    outputs = [
+        (0, tuple(tensor.shape), (0, 0, 0, 0)) if gradient is None else _strided(gradient)
+        for tensor, gradient in zip((input, weight), wanted, strict=True)
+    ]
+    grad_bias = grad_output.new_empty(weight.shape[:1]) if needs[2] else None
+    kernels, dtype = _native.kernels("cuda"), _native.DTYPE_CODES[grad_output.dtype]
+    arguments = (
+        dtype,
+        *(_strided(each) for each in (grad_output, input, weight)),
+        *outputs,
+        _native.address(grad_bias),
+        stride,
+        padding,
+        dilation,
+        groups,
+        tf32,
+    )
+    workspace = _workspace(kernels.conv_backward_workspace(*arguments), grad_output)
+    kernels.conv_backward(*arguments, _native.address(workspace), _native.context(grad_output))
+    return [gradient for gradient in (*wanted, grad_bias) if gradient is not None]
+
+
+_add("cuda", _cuda_forward, _cuda_backward)
 
 
 # ---------------------------------------------------------------------------------------------------------- autograd

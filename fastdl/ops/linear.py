@@ -393,9 +393,20 @@ def _cuda_variant(backend: str, input: Tensor, weight: Tensor, *_: Any) -> str:
 LINEAR.variant = LINEAR_WITH_PREACTIVATION.variant = _cuda_variant
 
 
-def _cuda_forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, kind: int, parameter: float, preactivation: bool
+def cuda_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    kind: int,
+    parameter: float,
+    preactivation: bool,
+    allow_tf32: bool | None = None,
 ) -> tuple[Tensor, Tensor | None]:
+    """activation(x @ weight.T + bias), (M, N), and its argument; x (M, K), weight (N, K), any strides.
+
+    ``allow_tf32``: None for matmul's switch.
+    """
+    allow_tf32 = _allow_tf32() if allow_tf32 is None else allow_tf32
     (m, k), n = x.shape, weight.shape[0]
     y = torch.empty((m, n), dtype=x.dtype, device=x.device)
     z = torch.empty_like(y) if preactivation else None
@@ -413,14 +424,14 @@ def _cuda_forward(
         k,
         kind,
         parameter,
-        _allow_tf32(),
+        allow_tf32,
         int(k > 0 and _takes_hopper(x, weight)),
         _native.context(x),
     )
     return y, z
 
 
-def _cuda_backward(
+def cuda_backward(
     grad: Tensor,
     x: Tensor | None,
     weight: Tensor | None,
@@ -428,7 +439,10 @@ def _cuda_backward(
     kind: int,
     parameter: float,
     bias: bool,
+    allow_tf32: bool | None = None,
 ) -> list[Tensor]:
+    """The gradients of x (if ``weight`` is given), weight (if ``x`` is) and bias (if ``bias``); all are matrices."""
+    allow_tf32 = _allow_tf32() if allow_tf32 is None else allow_tf32
     kernels, dtype, (m, n) = _native.kernels("cuda"), _native.DTYPE_CODES[grad.dtype], grad.shape
     grad_bias = None
     if saved is not None and grad.numel() > _FUSED_GRADIENT_ELEMENTS:
@@ -454,7 +468,7 @@ def _cuda_backward(
                 k,
                 kind,
                 parameter,
-                _allow_tf32(),
+                allow_tf32,
                 _native.address(workspace),
                 _native.context(grad),
             )
@@ -478,7 +492,7 @@ def _cuda_backward(
             k,
             kind,
             parameter,
-            _allow_tf32(),
+            allow_tf32,
             True,
             _native.address(workspace),
             _native.context(grad),
@@ -489,7 +503,7 @@ def _cuda_backward(
     return gradients if grad_bias is None else [*gradients, grad_bias]
 
 
-_add_native("cuda", _cuda_forward, _cuda_backward)
+_add_native("cuda", cuda_forward, cuda_backward)
 
 
 # ----------------------------------------------------------------------------------------------------------- triton
