@@ -196,16 +196,13 @@ struct ConvProduct {
   ImageEpilogue<T> epilogue;
 };
 
-// Positions that a block keeps: of its rows; or of a stage's pixels and the next one's.
-constexpr int position_count(const Tile& tile, int element_bytes) {
-  return std::max(tile.rows, 2 * tile.depth_bytes / element_bytes);
-}
+// Where a block's positions lie in its shared memory: behind all else.
+template <class T, TileName name>
+constexpr int kPositionsAt = shared_bytes(kTiles[int(name)], false, sizeof(Compute<T>));
 
-// Where they lie: behind all else.
-template <class T>
-constexpr int conv_shared_bytes(const Tile& tile) {
-  return shared_bytes(tile, false, sizeof(Compute<T>)) + position_count(tile, sizeof(T)) * int(sizeof(Position));
-}
+// Those of its rows; or of a stage's pixels and the next one's.
+template <class T, TileName name>
+constexpr int kPositions = std::max(kTiles[int(name)].rows, 2 * kTiles[int(name)].depth_bytes / int(sizeof(T)));
 
 // Launches (tiles, splits, groups) blocks.
 template <class T, bool tensor_cores, TileName name, Convolution result>
@@ -219,7 +216,7 @@ __global__ void __launch_bounds__(kTileThreads<name>, kResidentBlocks[int(name)]
   constexpr int threads = kTileThreads<name>, stages = tile.stages, stage_bytes = StageA::kBytes + StageB::kBytes;
   constexpr int chunk_width = StageA::kWidth, depth_of_stage = StageA::kDepth;
   FDL_DYN_SHARED(char, shared);
-  auto* positions = reinterpret_cast<Position*>(shared + shared_bytes(tile, false, sizeof(Compute<T>)));
+  auto* positions = reinterpret_cast<Position*>(shared + kPositionsAt<T, name>);
   const auto& gather = product.gather;
   const auto& epilogue = product.epilogue;
 
@@ -403,7 +400,7 @@ constexpr int kDepthwisePixels = sizeof(T) == 8 ? 2 : 4;
 
 // The output, or the input's gradient. A thread makes `width` channels of kDepthwisePixels pixels.
 template <class T, int width>
-__global__ void __launch_bounds__(kDepthwiseThreads)
+__global__ void __launch_bounds__(kDepthwiseThreads, 3)
     depthwise_kernel(const __grid_constant__ Depthwise<T> args, Divider fast, Divider middle,
                      Divider slow,  // along_lines: spans of pixels, lines, channels; else
                                     // vectors of channels, spans, lines
@@ -416,7 +413,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads)
     const int in_slow = b - n * int(slow.divisor);
     const int channel = (args.along_lines ? in_slow : in_fast) * width, i = args.along_lines ? in_middle : in_slow;
     const int j = (args.along_lines ? in_fast : in_middle) * pixels;
-    Compute<T> sum[pixels][width] = {};
+    Compute<T> sum[width == 1 ? 1 : pixels][width == 1 ? pixels : width] = {};  // values that end together
 #pragma unroll 1
     for (int read = 0; read < args.reads; ++read) {
       const int input_channel = channel / args.multiple * args.reads + read;
@@ -436,31 +433,39 @@ __global__ void __launch_bounds__(kDepthwiseThreads)
             Compute<T> values[width];
             load_values(values, plane + h * args.input_height + w * args.input_width);
 #pragma unroll
-            for (int k = 0; k < width; ++k) sum[p][k] += values[k] * factor[k];
+            for (int k = 0; k < width; ++k) (width == 1 ? sum[0][p] : sum[p][k]) += values[k] * factor[k];
           }
         }
       }
     }
-    const int64_t place = n * args.output_batch + channel * args.output_channel + i * args.output_height;
+    const int64_t place =
+        n * args.output_batch + channel * args.output_channel + i * args.output_height + j * args.output_width;
     auto put = [&](T* output) {
-      if (width == 1 && args.line_vectors) {
-        Compute<T> line[pixels];
-#pragma unroll
-        for (int p = 0; p < pixels; ++p) line[p] = sum[p][0];
-        store(output + place + j, line);
-        return;
+      if constexpr (width == 1) {
+        if (args.line_vectors) return store(output + place, sum[0]);
       }
 #pragma unroll
       for (int p = 0; p < pixels; ++p) {
-        if (j + p < args.width) store(output + place + (j + p) * args.output_width, sum[p]);
+        if (j + p >= args.width) break;
+        Compute<T> values[width];
+#pragma unroll
+        for (int k = 0; k < width; ++k) values[k] = width == 1 ? sum[0][p] : sum[p][k];
+        store(output + place + p * args.output_width, values);
       }
     };
+    const auto& epilogue = args.epilogue;
+    if constexpr (width == 1) {
+      const Compute<T> shift = epilogue.bias ? widen(epilogue.bias[channel]) : Compute<T>(0);
 #pragma unroll
-    for (int p = 0; p < pixels; ++p) args.epilogue.add_bias(channel, sum[p]);
-    if (args.epilogue.preactivation) put(args.epilogue.preactivation);
+      for (int p = 0; p < pixels; ++p) sum[0][p] += shift;
+    } else {
 #pragma unroll
-    for (int p = 0; p < pixels; ++p) args.epilogue.activate_in_place(sum[p]);
-    put(args.epilogue.output);
+      for (int p = 0; p < pixels; ++p) epilogue.add_bias(channel, sum[p]);
+    }
+    if (epilogue.preactivation) put(epilogue.preactivation);
+#pragma unroll
+    for (auto& values : sum) epilogue.activate_in_place(values);
+    put(epilogue.output);
   }
 }
 
