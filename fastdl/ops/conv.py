@@ -684,10 +684,8 @@ def _cuda_backward(
         x, w = _pixels(input) if needs[1] else None, weight.flatten(1) if needs[0] else None
         rows = None if saved is None else _pixels(saved)
         gradients = linear.cuda_backward(_pixels(grad_output), x, w, rows, kind, parameter, needs[2], tf32)
-        shapes = [shape for shape, need in zip((input.shape, (*weight.shape[:2], 1, 1)), needs, strict=False) if need]
-        images = [
-            _image(each, (shape[0], shape[1], *shape[2:])) for each, shape in zip(gradients, shapes, strict=False)
-        ]
+        shapes = [tensor.shape for tensor, need in zip((input, weight), needs, strict=False) if need]
+        images = [_image(gradient, shape) for gradient, shape in zip(gradients, shapes, strict=False)]
         return [*images, *gradients[len(images) :]]
     if saved is not None:
         grad_output = ACTIVATION_BACKWARD.implementations["cuda"](grad_output, saved, kind, parameter)
