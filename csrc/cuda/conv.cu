@@ -219,6 +219,7 @@ void require_conv(const char* name, const Strided& input, const Strided& weight,
     const int64_t image = input.size[2 + i], extent = geometry.dilation[i] * (weight.size[2 + i] - 1) + 1;
     require(image < most && extent < most, name, "an extent", std::max(image, extent), "less than 2^30");
     const int64_t room = image + 2 * geometry.padding[i] - extent, expected = room / geometry.stride[i] + 1;
+    require(room < most, name, "padding", geometry.padding[i], "less than 2^29");
     require(room >= 0 && output.size[2 + i] == expected, name, "the output's extent", output.size[2 + i],
             "what input, weight, stride, padding and dilation make");
   }

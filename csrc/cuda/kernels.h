@@ -116,7 +116,7 @@ void conv(int dtype,
           const Strided& output,  // [N, K, P, Q]
           void* preactivation,    // z, with the output's strides, or null
           const Geometry& geometry, int kind, double parameter, bool allow_tf32,
-          void* workspace,  // as many bytes as conv_workspace says, 256-byte aligned
+          void* workspace,  // as many bytes as conv_workspace says, 16-byte aligned
           cudaStream_t stream);
 size_t conv_workspace(int dtype, const Strided& input, const Strided& weight, const Strided& output,
                       const Geometry& geometry, bool allow_tf32);
@@ -130,7 +130,7 @@ void conv_backward(int dtype,
                    const Strided& grad_weight,  // [K, C / groups, R, S]; its strides allow R and S to be one dimension
                    void* grad_bias,             // [K]
                    const Geometry& geometry, bool allow_tf32,
-                   void* workspace,  // as many bytes as conv_backward_workspace says, 256-byte aligned
+                   void* workspace,  // as many bytes as conv_backward_workspace says, 16-byte aligned
                    cudaStream_t stream);
 size_t conv_backward_workspace(int dtype, const Strided& grad_output, const Strided& input, const Strided& weight,
                                const Strided& grad_input, const Strided& grad_weight, void* grad_bias,

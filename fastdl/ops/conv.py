@@ -620,9 +620,23 @@ def _strided(tensor: Tensor) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
     return tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
 
 
-def _is_rows(tensor: Tensor) -> bool:
-    """Whether a 1x1 convolution can take it as a matrix."""
-    return tensor.is_contiguous(memory_format=torch.channels_last)
+def _is_product(pixels: Tensor, input: Tensor, weight: Tensor, stride: Pair, padding: Pair, groups: int) -> bool:
+    """Whether a convolution is the linear layer of ``pixels`` (input or output), which lie as a matrix."""
+    last = torch.channels_last
+    is_1x1 = _is_1x1(weight, stride, padding, groups) and memory_format(input, weight) is last
+    return is_1x1 and pixels.is_contiguous(memory_format=last)
+
+
+def _cuda_variant(
+    backend: str, input: Tensor, weight: Tensor, bias: Any, stride: Pair, padding: Pair, *rest: Any
+) -> str:
+    """The part of the code path that depends on the arguments: a 1x1 convolution takes the linear layer's."""
+    if backend != "cuda" or not input.numel() or not _is_product(input, input, weight, stride, padding, rest[1]):
+        return ""
+    return linear.cuda_variant(backend, _pixels(input), weight.flatten(1))
+
+
+CONV.variant = CONV_WITH_PREACTIVATION.variant = _cuda_variant
 
 
 def _cuda_forward(
@@ -639,7 +653,7 @@ def _cuda_forward(
 ) -> tuple[Tensor, Tensor | None]:
     format, shape = memory_format(input, weight), _output_shape(input, weight, stride, padding, dilation)
     tf32 = _allow_tf32(input)
-    if _is_1x1(weight, stride, padding, groups) and format is torch.channels_last and _is_rows(input):
+    if _is_product(input, input, weight, stride, padding, groups):
         rows, z = linear.cuda_forward(_pixels(input), weight.flatten(1), bias, kind, parameter, preactivation, tf32)
         return _image(rows, shape), None if z is None else _image(z, shape)
     y = _empty(shape, input, format)
@@ -679,8 +693,8 @@ def _cuda_backward(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     format, tf32 = memory_format(input, weight), _allow_tf32(grad_output)
-    is_product = _is_1x1(weight, stride, padding, groups) and _is_rows(grad_output)
-    if is_product and format is torch.channels_last and (_is_rows(input) or not needs[1]):
+    is_product = _is_product(grad_output, input, weight, stride, padding, groups)
+    if is_product and (not needs[1] or _is_product(input, input, weight, stride, padding, groups)):
         x, w = _pixels(input) if needs[1] else None, weight.flatten(1) if needs[0] else None
         rows = None if saved is None else _pixels(saved)
         gradients = linear.cuda_backward(_pixels(grad_output), x, w, rows, kind, parameter, needs[2], tf32)

@@ -384,13 +384,13 @@ def _takes_hopper(x: Tensor, weight: Tensor) -> bool:
 HOPPER = "+hopper"
 
 
-def _cuda_variant(backend: str, input: Tensor, weight: Tensor, *_: Any) -> str:
+def cuda_variant(backend: str, input: Tensor, weight: Tensor, *_: Any) -> str:
     """The part of the CUDA kernels' code path that depends on the arguments: Hopper's is proven on its own."""
     plain = backend == "cuda" and input.numel() and weight.numel() and weight.dim() == 2
     return HOPPER if plain and _takes_hopper(_rows(input), weight) else ""
 
 
-LINEAR.variant = LINEAR_WITH_PREACTIVATION.variant = _cuda_variant
+LINEAR.variant = LINEAR_WITH_PREACTIVATION.variant = cuda_variant
 
 
 def cuda_forward(

@@ -1,6 +1,6 @@
-"""Plants bugs in the Hopper matmul, of which the zoo compiles a copy that can be told to have any of them.
+"""Plants bugs in the Hopper matmul and the convolution, of which the zoo compiles copies that can be told to have any.
 
-The kernel itself stays clean.
+The kernels themselves stay clean.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ RELEASE = "release(previous);"
 SWIZZLE = "swizzle128(warp * 16 + lane % 16, i * 32 + lane / 16 * 16)"
 
 # Bug: what it replaces, which of its occurrences, by what. Text that ends in ";" is a statement, else an expression.
-BUGS: dict[str, list[tuple[str, int, str]]] = {
+HOPPER: dict[str, list[tuple[str, int, str]]] = {
     "no wgmma wait": [("wgmma_wait<0>(sums);", 0, "")],
     "wait one group too few": [("wgmma_wait<0>(sums);", 0, "wgmma_wait<1>(sums);")],
     "no wgmma.fence": [("wgmma_fence(sums);", 0, "")],
@@ -77,11 +77,28 @@ BUGS: dict[str, list[tuple[str, int, str]]] = {
     "no cluster sync at exit": [("cluster_sync();", 1, "")],
 }
 
+INSIDE = "unsigned(position.w + w) < unsigned(gather.w.image)"
+CONV: dict[str, list[tuple[str, int, str]]] = {
+    "padding counts as image": [(INSIDE, 0, "unsigned(position.w + w) <= unsigned(gather.w.image)")],
+    "no left border": [(INSIDE, 0, "position.w + w < gather.w.image")],
+    "taps in the wrong order": [("if (++w == gather.w.taps) w = 0, ++h;", 0, "if (++h == gather.h.taps) h = 0, ++w;")],
+    "rows of other dilation": [("tap.h * gather.h.dilation", 0, "tap.h * gather.w.dilation")],
+    "no wait for copies": [("ptx::cp_async_wait<stages - 2>();", 0, "")],
+    "waits for one stage too few": [("ptx::cp_async_wait<stages - 2>();", 0, "ptx::cp_async_wait<stages - 1>();")],
+    "no barrier before positions are read": [("if (step < stages - 1) __syncthreads();", 0, "")],
+    "one table of positions": [
+        ("step % 2 * depth_of_stage", 0, "0"),
+        ("step % 2 * depth_of_stage", 1, "0"),
+    ],
+    "channels beyond the group": [("channel < channels", 0, "channel < int(tap_columns.divisor)")],
+}
+BUGS = {"matmul_sm90.cuh": HOPPER, "conv.cuh": CONV}
 
-def plant(source: str) -> str:
+
+def plant(source: str, bugs: dict[str, list[tuple[str, int, str]]]) -> str:
     """The source with a choice by BUG(name) at each place. Raises ValueError where a bug has lost its place."""
     places: dict[tuple[int, int], list[tuple[str, str]]] = {}
-    for bug, replacements in BUGS.items():
+    for bug, replacements in bugs.items():
         for text, occurrence, new in replacements:
             start = -1
             for _ in range(occurrence + 1):

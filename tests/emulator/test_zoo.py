@@ -31,6 +31,7 @@ RIGHT += [f"hopper wide {shape}" for shape in ("1x8x1", "257x40x31", "tiles", "p
 RIGHT += ["tma 2d swizzled", "tma 2d plain", "tma 3d swizzled", "tma 3d plain", "cluster, dsmem, multicast", "stmatrix"]
 RIGHT += [f"wgmma {form}" for form in ("bf16 n64 ss", "bf16 n128 ss", "bf16 n256 ss", "f16 n64 ss", "bf16 n64 rs")]
 RIGHT += [f"wgmma {form}" for form in ("f16 n128 rs", "bf16 n128 mn-major", "f16 n256 mn-major")]
+RIGHT += [f"conv {name}" for name in ("image", "image, wide window", "weight", "weight, odd channels")]
 # Kernels that are wrong as they stand.
 WRONG = ["divergent barrier", "divergent shuffle", "mask of absent lanes", "race between blocks", "race within a block"]
 WRONG += ["misaligned vector", "integer overflow", "exit with copies in flight"]
@@ -39,6 +40,7 @@ WRONG += ["misaligned vector", "integer overflow", "exit with copies in flight"]
 # settings in which it must be; the sanitizer that must report it, if any).
 MATMUL, STATISTICS = "matmul 65x63x96", "batch statistics 4x3x49"
 NARROW, WIDE, CLUSTER = "hopper narrow tiles", "hopper wide tiles", "cluster, dsmem, multicast"
+IMAGE, WEIGHT = "conv image, wide window", "conv weight"
 ALWAYS = [*ORDERS, *RANDOM]
 BUGS = {
     ("divergent barrier", "none"): ("error", ALWAYS, None),
@@ -103,6 +105,16 @@ BUGS = {
     (CLUSTER, "no cluster sync after init"): ("error", ALWAYS, None),
     (CLUSTER, "no cluster sync at exit"): ("error", ALWAYS, None),
     (CLUSTER, "too few cluster bytes"): ("error", ALWAYS, None),
+    (IMAGE, "padding counts as image"): ("numbers", ALWAYS, None),
+    (IMAGE, "no left border"): ("numbers", ALWAYS, None),
+    (IMAGE, "taps in the wrong order"): ("numbers", ALWAYS, None),
+    (IMAGE, "rows of other dilation"): ("numbers", ALWAYS, None),
+    (IMAGE, "no wait for copies"): ("numbers", LATE, None),
+    (IMAGE, "waits for one stage too few"): ("numbers", LATE, None),
+    (WEIGHT, "no wait for copies"): ("numbers", LATE, None),
+    (WEIGHT, "no barrier before positions are read"): ("numbers", ["forward/early", "forward/late"], "tsan"),
+    (WEIGHT, "one table of positions"): ("numbers", ORDERS, "tsan"),
+    ("conv weight, odd channels", "channels beyond the group"): ("numbers", ALWAYS, None),
 }
 
 
@@ -128,7 +140,7 @@ def test_every_case_is_used():
     listed = emulation.run("plain", [emulation.zoo(), "list"]).stdout.split("\n")[:-1]
     assert sorted(listed) == sorted([*RIGHT, *WRONG])
     assert {case for case, _ in BUGS} <= set(listed)
-    assert set(plant.BUGS) <= {bug for _, bug in BUGS}
+    assert {bug for bugs in plant.BUGS.values() for bug in bugs} <= {bug for _, bug in BUGS}
 
 
 @pytest.mark.parametrize("case", RIGHT)
@@ -170,10 +182,11 @@ def test_planted_bug_is_reported(case, bug):
 
 
 def test_every_bug_has_its_place():
-    planted = plant.plant((emulation.KERNELS / "matmul_sm90.cuh").read_text())
-    assert all(f'BUG("{bug}")' in planted for bug in plant.BUGS)
-    with pytest.raises(ValueError, match="no occurrence"):
-        plant.plant("nothing of it")
+    for header, bugs in plant.BUGS.items():
+        planted = plant.plant((emulation.KERNELS / header).read_text(), bugs)
+        assert all(f'BUG("{bug}")' in planted for bug in bugs)
+        with pytest.raises(ValueError, match="no occurrence"):
+            plant.plant("nothing of it", bugs)
 
 
 def test_the_probes_pass_here_too():
