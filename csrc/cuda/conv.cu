@@ -33,6 +33,9 @@ struct Call {
 template <class T>
 constexpr int kChunk = 16 / sizeof(T);
 
+// Rows, columns and depth of products are less, so that 32 bits hold them, those of the last tile included.
+constexpr int64_t kMost = (int64_t(1) << 31) - 1024;
+
 Pixels pixels_of(int64_t height, int64_t width) { return {Divider(height), Divider(width)}; }
 
 // ---- Images ---------------------------------------------------------------------------------------------------------
@@ -99,6 +102,7 @@ Gather<T> gather_of(const Image<T>& image, const View& view, const Axis& h, cons
   constexpr int64_t chunk = kChunk<T>;
   const auto [n, c, height, width] = view.size;
   const int64_t reach = (n * image.batch + height * image.height + width * image.width) / chunk;
+  require(pixels < kMost, call.name, "the number of pixels", pixels, "less than 2^31 - 1024");
   require(reach < (int64_t(1) << 30), call.name, "an image's reach in memory, in bytes", reach * 16,
           "less than 16 GiB");
   return {image.data,
@@ -107,7 +111,7 @@ Gather<T> gather_of(const Image<T>& image, const View& view, const Axis& h, cons
           int(image.width / chunk),
           int(image.group / chunk),
           int(image.channels / chunk),
-          pixels,
+          int(pixels),
           split,
           h,
           w};
@@ -120,10 +124,8 @@ template <class T, Convolution result>
 void multiply(ConvProduct<T> product, int64_t groups, Call& call) {
   auto& epilogue = product.epilogue;
   const Arithmetic arithmetic = arithmetic_of<T>(call.allow_tf32);
-  require(product.depth < (int64_t(1) << 31) - 1024, call.name, "the depth", product.depth, "less than 2^31 - 1024");
-  require(epilogue.rows < (int64_t(1) << 31), call.name, "the number of pixels", epilogue.rows, "less than 2^31");
-  require(epilogue.columns < (int64_t(1) << 31), call.name, "the number of columns", epilogue.columns,
-          "less than 2^31");
+  require(product.depth < kMost, call.name, "the depth", product.depth, "less than 2^31 - 1024");
+  require(epilogue.columns < kMost, call.name, "the number of columns", epilogue.columns, "less than 2^31 - 1024");
   require(groups < 65536, call.name, "groups", groups, "less than 65536 if not the number of channels");
   const Plan plan =
       choose_plan(arithmetic, epilogue.rows, epilogue.columns, product.depth, false, false, true, call.device, groups);

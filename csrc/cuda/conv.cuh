@@ -49,7 +49,7 @@ struct Gather {
   const T* data;  // [n, image, image, groups, channels]
   int batch, height, width, group;
   int channels;
-  int64_t pixels;  // rows of the product, each (n, i, j)
+  int pixels;  // rows of the product, each (n, i, j)
   Pixels split;
   Axis h, w;
 };
@@ -85,10 +85,10 @@ struct Tap {
 constexpr int kOutside = -(1 << 30);  // a place that no tap brings back into an image
 
 template <class T>
-__device__ __forceinline__ Position position_of(const Gather<T>& gather, int64_t pixel) {
+__device__ __forceinline__ Position position_of(const Gather<T>& gather, int pixel) {
   if (pixel >= gather.pixels) return {0, kOutside, kOutside, 0};
   int n, i, j;
-  gather.split(int(pixel), n, i, j);
+  gather.split(pixel, n, i, j);
   const int h = i * gather.h.stride + gather.h.offset, w = j * gather.w.stride + gather.w.offset;
   return {n * gather.batch + h * gather.height + w * gather.width, h, w, 0};
 }
@@ -221,7 +221,8 @@ __global__ void __launch_bounds__(kTileThreads<name>, kResidentBlocks[int(name)]
   const auto& epilogue = product.epilogue;
 
   const TilePlace<name> first(epilogue.rows);
-  const int64_t first_depth = blockIdx.y * product.split_depth;
+  const int first_row = int(first.row), first_column = int(first.column);
+  const int first_depth = int(blockIdx.y * product.split_depth);
   const int depth = int(max(min(product.depth - first_depth, product.split_depth), int64_t(0)));
   const int steps = (depth + depth_of_stage - 1) / depth_of_stage;
   const WarpPlace<name> warp;
@@ -235,11 +236,11 @@ __global__ void __launch_bounds__(kTileThreads<name>, kResidentBlocks[int(name)]
   typename P::Warp sums(warp.row, warp.column);
 
   if constexpr (result == Convolution::image) {
-    for (int i = threadIdx.x; i < tile.rows; i += threads) positions[i] = position_of(gather, first.row + i);
+    for (int i = threadIdx.x; i < tile.rows; i += threads) positions[i] = position_of(gather, first_row + i);
     __syncthreads();
     const int line = threadIdx.x / StageA::kLineChunks, chunk = threadIdx.x % StageA::kLineChunks;
-    Tap tap(gather, int(first_depth) / chunk_width + chunk);
-    Copier<StageB, T, layout> copy_b(operand, first.column, 0);
+    Tap tap(gather, first_depth / chunk_width + chunk);
+    Copier<StageB, T, layout> copy_b(operand, first_column, 0);
     const T* weight = copy_b.source - chunk * chunk_width + product.operand_first;
     auto load_stage = [&](int step) {
       char* stage = shared + step % stages * stage_bytes;
@@ -259,10 +260,10 @@ __global__ void __launch_bounds__(kTileThreads<name>, kResidentBlocks[int(name)]
     };
     run_pipeline<P>(sums, shared, stage_bytes, steps, load_stage, wait_for, [](int) {});
   } else {
-    const bool sums_rows = product.row_sums && first.column == 0 && int(threadIdx.x) < tile.rows;
-    Copier<StageA, T, layout> copy_a(operand, first.row, first_depth);
+    const bool sums_rows = product.row_sums && first_column == 0 && int(threadIdx.x) < tile.rows;
+    Copier<StageA, T, layout> copy_a(operand, first_row, first_depth);
     const int line = threadIdx.x / StageB::kLineChunks, chunk = threadIdx.x % StageB::kLineChunks;
-    const int column = int(first.column) + chunk * chunk_width;
+    const int column = first_column + chunk * chunk_width;
     const Tap tap(gather, column / chunk_width);
     const int h = tap.h * gather.h.dilation, w = tap.w * gather.w.dilation;
     const int distance = h * gather.height + w * gather.width + tap.channel;
@@ -270,7 +271,7 @@ __global__ void __launch_bounds__(kTileThreads<name>, kResidentBlocks[int(name)]
     auto find_pixels = [&](int step) {
       if (int(threadIdx.x) < depth_of_stage) {
         positions[step % 2 * depth_of_stage + threadIdx.x] =
-            position_of(gather, first_depth + int64_t(step) * depth_of_stage + threadIdx.x);
+            position_of(gather, first_depth + step * depth_of_stage + int(threadIdx.x));
       }
     };
     find_pixels(0);
@@ -292,12 +293,12 @@ __global__ void __launch_bounds__(kTileThreads<name>, kResidentBlocks[int(name)]
       if (sums_rows) row_sum += StageA::sum_row(shared + step % stages * stage_bytes, threadIdx.x);
     });
     if (sums_rows) {
-      store_row_sum(row_sum, first.row + threadIdx.x, epilogue.rows, product.row_sums, product.partial_row_sums);
+      store_row_sum(row_sum, first_row + int(threadIdx.x), epilogue.rows, product.row_sums, product.partial_row_sums);
     }
   }
   const bool by_rows = !epilogue.partial && epilogue.channel_stride != 1;
   end_sums<T, name>(sums, shared, warp, by_rows, [&](int row, int column, Compute<T>(&values)[kEndWidth<T>]) {
-    epilogue(first.row + row, first.column + column, values, int(blockIdx.y));
+    epilogue(first_row + row, first_column + column, values, int(blockIdx.y));
   });
 }
 
