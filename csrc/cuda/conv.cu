@@ -69,8 +69,8 @@ Image<T> image_of(View view, int64_t groups, bool uniform, Call& call) {
   const auto [sn, sc, sh, sw] = view.stride;
   const int64_t channels = all_channels / groups;
   const bool equal = (h == 1 || sh == w * sw) && (n == 1 || sn == h * w * sw);
-  if (sc == 1 && channels % chunk == 0 && sn % chunk == 0 && sh % chunk == 0 && sw % chunk == 0 &&
-      aligned(16, static_cast<const char*>(view.data)) && (equal || !uniform)) {
+  if (sc == 1 && are_multiples(chunk, channels, sn, sh, sw) && aligned(16, static_cast<const char*>(view.data)) &&
+      (equal || !uniform)) {
     return {static_cast<const T*>(view.data), sn, sh, sw, channels, channels};
   }
   Unpacked<T> input{};
@@ -256,13 +256,10 @@ void set_output(Depthwise<T>& args, const View& view) {
 template <class T, class... Pointers>
 bool channel_vectors(const Depthwise<T>& args, const Pointers*... pointers) {
   constexpr int64_t vector = kFullVector<T>;
-  bool whole = vector > 1 && args.multiple == 1 && args.reads == 1 && args.channels % vector == 0 &&
-               args.input_channel == 1 && args.output_channel == 1 && aligned(16, pointers...);
-  for (const int64_t stride : {args.input_batch, args.input_height, args.input_width, args.output_batch,
-                               args.output_height, args.output_width}) {
-    whole &= stride % vector == 0;
-  }
-  return whole;
+  return vector > 1 && args.multiple == 1 && args.reads == 1 && args.input_channel == 1 && args.output_channel == 1 &&
+         aligned(16, pointers...) &&
+         are_multiples(vector, args.channels, args.input_batch, args.input_height, args.input_width, args.output_batch,
+                       args.output_height, args.output_width);
 }
 
 // The output, or the input's gradient. weight: of the layer, [channels, 1, taps, taps].
@@ -288,8 +285,8 @@ void run_depthwise(Depthwise<T> args, const View& weight, int64_t batch, Call& c
   }
   epilogue.vectors = vectors && aligned(16, epilogue.bias);
   args.along_lines = !vectors && args.output_channel != 1;
-  args.line_vectors = args.output_width == 1 && args.width % pixels == 0 && args.output_batch % pixels == 0 &&
-                      args.output_channel % pixels == 0 && args.output_height % pixels == 0 &&
+  args.line_vectors = args.output_width == 1 &&
+                      are_multiples(pixels, args.width, args.output_batch, args.output_channel, args.output_height) &&
                       aligned(sizeof(T) * pixels, epilogue.output, epilogue.preactivation);
   const int64_t width = vectors ? kFullVector<T> : 1;
   const int64_t spans = ceil_div(int64_t(args.width), pixels), channels = args.channels / width;

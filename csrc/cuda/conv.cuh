@@ -102,6 +102,11 @@ __device__ __forceinline__ void gather_chunk(char* destination, const T* data, c
   ptx::cp_async16(destination, data + int64_t(position.chunk + chunk) * int(16 / sizeof(T)), inside ? 16 : 0);
 }
 
+template <class... Strides>
+bool are_multiples(int64_t of, Strides... strides) {
+  return ((strides % of == 0) && ...);
+}
+
 // ---- The end --------------------------------------------------------------------------------------------------------
 
 // As Epilogue, to an output of any strides, by rows (n, i, j) and columns (tap, channel); channels that are padding are
@@ -120,9 +125,7 @@ struct ImageEpilogue : Epilogue<T> {
     this->vectors = this->columns % chunk == 0 && aligned(16, this->bias, this->partial);
     output_vectors = this->vectors && channel_stride == 1 && channels == int(tap_columns.divisor) &&
                      aligned(16, this->output, this->preactivation);
-    for (const int64_t stride : {batch_stride, height_stride, width_stride, tap_stride, group_stride}) {
-      output_vectors &= stride % chunk == 0;
-    }
+    output_vectors &= are_multiples(chunk, batch_stride, height_stride, width_stride, tap_stride, group_stride);
     output_vectors &= channels % chunk == 0;
   }
 
