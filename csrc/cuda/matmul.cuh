@@ -584,11 +584,12 @@ constexpr int kFinishThreads = 256;
 // Adds the splits' partial sums in order, and ends them as the product would have. Blocks stride over vectors of
 // columns, then over the row sums; the grid's z counts the products of a batch.
 template <class T, class End>
-__global__ void __launch_bounds__(kFinishThreads, 3) finish_kernel(const __grid_constant__ End epilogue,  // partial: null
-                                                                const Compute<T>* partial,  // [splits, rows, columns]
-                                                                const Compute<T>* partial_row_sums,  // [splits, rows]
-                                                                T* row_sums,                         // [rows] or null
-                                                                int splits) {
+__global__ void __launch_bounds__(kFinishThreads, 3)
+    finish_kernel(const __grid_constant__ End epilogue,  // partial: null
+                  const Compute<T>* partial,             // [splits, rows, columns]
+                  const Compute<T>* partial_row_sums,    // [splits, rows]
+                  T* row_sums,                           // [rows] or null
+                  int splits) {
   constexpr int width = kEndWidth<T>;
   const int64_t row_vectors = (epilogue.columns + width - 1) / width, vectors = epilogue.rows * row_vectors;
   const int64_t work = vectors + (row_sums ? epilogue.rows : 0);
