@@ -109,14 +109,15 @@ void bind_cuda_linear(py::module_& module) {
   module.def(
       "choose_plan",
       [](int arithmetic, int64_t rows, int64_t columns, int64_t depth, bool flexible, bool gradient, bool may_split,
-         int multiprocessors, int shared_bytes) {
+         int multiprocessors, int shared_bytes, int64_t batch) {
         const auto plan = cuda::choose_plan(cuda::Arithmetic(arithmetic), rows, columns, depth, flexible, gradient,
-                                            may_split, {multiprocessors, shared_bytes});
+                                            may_split, {multiprocessors, shared_bytes}, batch);
         const auto& tile = cuda::kTiles[int(plan.tile)];
         return py::make_tuple(tile.rows, tile.columns, plan.splits, plan.split_depth);
       },
       py::arg("arithmetic"), py::arg("rows"), py::arg("columns"), py::arg("depth"), py::arg("flexible"),
       py::arg("gradient"), py::arg("may_split"), py::arg("multiprocessors"), py::arg("shared_bytes"),
+      py::arg("batch") = 1,
       "(tile rows, tile columns, splits, depth of a split) for a product; arithmetic: 0 half, 1 tf32, 2 float32, 3 "
       "float64");
 

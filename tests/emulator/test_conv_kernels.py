@@ -213,6 +213,14 @@ def test_split_depth_is_deterministic(arithmetic, x_shape, w_shape, groups):
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
+def test_plan_counts_groups():
+    """A ResNeXt's weight gradient: one group would split its depth further than 32 that run together."""
+    plan = emulation.load().choose_plan
+    sizes = (0, 8, 72, 50176, False, False, True, 132, 227 * 1024)
+    splits = [plan(*sizes, batch)[2] for batch in (1, 32, 128)]
+    assert splits[0] > splits[1] > splits[2] == 1
+
+
 @arithmetics
 def test_matrix_instructions(arithmetic):
     kernels = emulation.load()
