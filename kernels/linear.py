@@ -184,10 +184,12 @@ def matmul_kernel(
 
 @triton.jit
 def combine_kernel(
-    partial, bias, output, preactivation, count, columns, splits, split_stride,
+    partial, bias, output, preactivation, count, columns, inner, splits, split_stride,
     ACTIVATION: tl.constexpr, PARAMETER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """output = act(sum over splits of partial + bias): partial (splits, split_stride), the rest (count,) row by row.
+
+    A row has columns, each with inner numbers that share a bias.
 
     Launches a 1D grid where each program takes BLOCK elements and adds their splits in order, so that the result is
     the same in every run.
@@ -200,7 +202,7 @@ def combine_kernel(
         total += tl.load(partial + source, mask=mask, other=0.0)
         source += split_stride
     if bias is not None:
-        total += tl.load(bias + offsets % columns, mask=mask, other=0.0).to(total.dtype)
+        total += tl.load(bias + offsets // inner % columns, mask=mask, other=0.0).to(total.dtype)
     if preactivation is not None:
         tl.store(preactivation + offsets, total.to(preactivation.dtype.element_ty), mask=mask)
     tl.store(output + offsets, apply_activation(total, ACTIVATION, PARAMETER).to(output.dtype.element_ty), mask=mask)
@@ -508,14 +510,19 @@ def matmul_launches(
         )
     ]
     if splits > 1 and b is not None:
-        combine = _combine(workspace, splits, split_rows * columns, columns, activation, parameter, device, **finish)
+        combine = combine_launch(
+            workspace, splits, split_rows * columns, columns, activation, parameter, device, **finish
+        )
         launches.append(combine)
     if splits > 1 and row_sums is not None:
-        launches.append(_combine(target_sums, splits, rows, rows, 0, 0.0, device, None, row_sums, None))
+        launches.append(combine_launch(target_sums, splits, rows, rows, 0, 0.0, device, None, row_sums, None))
     return launches
 
 
-def _combine(partial, splits, split_stride, columns, activation, parameter, device, bias, output, preactivation):
+def combine_launch(
+    partial, splits, split_stride, columns, activation, parameter, device, bias, output, preactivation, inner=1
+):  # fmt: skip
+    """The launch of combine_kernel, not yet run."""
     block = 1024  # 16 bytes of float32 a thread, twice
     arguments = {
         "partial": partial,
@@ -524,6 +531,7 @@ def _combine(partial, splits, split_stride, columns, activation, parameter, devi
         "preactivation": preactivation,
         "count": output.numel(),
         "columns": columns,
+        "inner": inner,
         "splits": splits,
         "split_stride": split_stride,
     }
