@@ -54,6 +54,13 @@ def split_pixel(pixel, height, width, image_magic, image_shift, row_magic, row_s
 
 
 @triton.jit
+def pixel_offset(image, row, column, n_stride, h_stride, w_stride, VECTOR: tl.constexpr):
+    """Where a pixel's channels begin in images whose strides are multiples of VECTOR."""
+    offset = image.to(tl.int64) * aligned(n_stride, VECTOR)
+    return offset + row.to(tl.int64) * aligned(h_stride, VECTOR) + column.to(tl.int64) * aligned(w_stride, VECTOR)
+
+
+@triton.jit
 def load_pixels(
     images, offset, top, left, row_shift, column_shift, channel,
     height, width, channels, row_stride, column_stride, channel_stride,
@@ -92,7 +99,7 @@ def reach(start, size, taps, stride, padding, dilation, step, inverse, TRANSPOSE
 
 @triton.jit
 def split_classes(index, stride_h, stride_w, TRANSPOSED: tl.constexpr):
-    """(group, first row, first column) of a grid's index; TRANSPOSED, groups have the strides' residue classes inside."""
+    """(group, first row, first column) of a grid's index, where groups have the strides' residue classes inside."""
     zero = index * 0
     if TRANSPOSED:
         return index // stride_h // stride_w, index % stride_h, index // stride_h % stride_w
@@ -101,7 +108,7 @@ def split_classes(index, stride_h, stride_w, TRANSPOSED: tl.constexpr):
 
 @triton.jit
 def store_part(
-    tile, bias, output, preactivation, pixel_offset, is_pixel, column, columns, channel_stride,
+    tile, bias, output, preactivation, row_offset, is_pixel, column, columns, channel_stride,
     ACTIVATION: tl.constexpr, PARAMETER: tl.constexpr, PIXELS_LAST: tl.constexpr, VECTOR: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -111,7 +118,7 @@ def store_part(
     if bias is not None:
         tile += tl.load(bias + index, mask=index < columns, other=0.0).to(tile.dtype)[None, :]
     result = apply_activation(tile, ACTIVATION, PARAMETER)
-    offsets = pixel_axis(pixel_offset, PIXELS_LAST) + channel_axis(index.to(tl.int64) * channel_stride, PIXELS_LAST)
+    offsets = pixel_axis(row_offset, PIXELS_LAST) + channel_axis(index.to(tl.int64) * channel_stride, PIXELS_LAST)
     mask = pixel_axis(is_pixel, PIXELS_LAST) & channel_axis(index < columns, PIXELS_LAST)
     if PIXELS_LAST:
         tile = tl.trans(tile)
@@ -123,7 +130,7 @@ def store_part(
 
 @triton.jit
 def store_halves(
-    tile, bias, output, preactivation, pixel_offset, is_pixel, column, columns, channel_stride,
+    tile, bias, output, preactivation, row_offset, is_pixel, column, columns, channel_stride,
     ACTIVATION: tl.constexpr, PARAMETER: tl.constexpr, PIXELS_LAST: tl.constexpr, VECTOR: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -131,11 +138,11 @@ def store_halves(
     HALF: tl.constexpr = BLOCK_COLUMNS // 2
     first, second = split_columns(tile, BLOCK_ROWS, BLOCK_COLUMNS)
     store_part(
-        first, bias, output, preactivation, pixel_offset, is_pixel, column, columns, channel_stride,
+        first, bias, output, preactivation, row_offset, is_pixel, column, columns, channel_stride,
         ACTIVATION, PARAMETER, PIXELS_LAST, VECTOR, HALF,
     )  # fmt: skip
     store_part(
-        second, bias, output, preactivation, pixel_offset, is_pixel, column + HALF, columns, channel_stride,
+        second, bias, output, preactivation, row_offset, is_pixel, column + HALF, columns, channel_stride,
         ACTIVATION, PARAMETER, PIXELS_LAST, VECTOR, HALF,
     )  # fmt: skip
 
@@ -161,10 +168,10 @@ def conv_kernel(
     out_channels, out_height, out_width) and weight have any strides, bias is contiguous. With splits of depth, output
     holds split_stride elements of partial results for each. FLAT: a block of depth takes channels of several taps.
 
-    Launches a 3D grid. Axis 0: each program takes one tile of BLOCK_ROWS pixels and BLOCK_COLUMNS channels, all channels
-    of a pixel one after the other, so that programs which run together share the larger operand in L2. Axis 1: groups;
-    TRANSPOSED, with the strides' residue classes of pixels inside: those of one class are reached by the same taps.
-    Axis 2: splits of depth.
+    Launches a 3D grid. Axis 0: each program takes one tile of BLOCK_ROWS pixels and BLOCK_COLUMNS channels, all
+    channels of a pixel one after the other, so that programs which run together share the larger operand in L2. Axis 1:
+    groups; TRANSPOSED, with the strides' residue classes of pixels inside: those of one class are reached by the same
+    taps. Axis 2: splits of depth.
     """
     column_tiles = tl.cdiv(out_channels, BLOCK_COLUMNS)
     row = tl.program_id(0) // column_tiles * BLOCK_ROWS
@@ -187,11 +194,7 @@ def conv_kernel(
     input_w_stride = aligned(input_w_stride, VECTOR)
     top = pixel_row * pace_h + offset_h
     left = pixel_column * pace_w + offset_w
-    input_offset = (
-        image.to(tl.int64) * aligned(input_n_stride, VECTOR)
-        + top.to(tl.int64) * input_h_stride
-        + left.to(tl.int64) * input_w_stride
-    )
+    input_offset = pixel_offset(image, top, left, input_n_stride, input_h_stride, input_w_stride, VECTOR)
     input += group.to(tl.int64) * in_channels * input_c_stride
     input_offset = pixel_axis(input_offset, INPUT_PIXELS_LAST)
     top = pixel_axis(tl.where(is_pixel, top, BEYOND), INPUT_PIXELS_LAST)
@@ -263,10 +266,8 @@ def conv_kernel(
 
     output_row = start_h + pixel_row * (stride_h if TRANSPOSED else 1)
     output_column = start_w + pixel_column * (stride_w if TRANSPOSED else 1)
-    output_offset = (
-        image.to(tl.int64) * aligned(output_n_stride, OUT_VECTOR)
-        + output_row.to(tl.int64) * aligned(output_h_stride, OUT_VECTOR)
-        + output_column.to(tl.int64) * aligned(output_w_stride, OUT_VECTOR)
+    output_offset = pixel_offset(
+        image, output_row, output_column, output_n_stride, output_h_stride, output_w_stride, OUT_VECTOR
     )
     output_offset += tl.program_id(2).to(tl.int64) * split_stride
     output_offset += group.to(tl.int64) * aligned(out_channels, OUT_VECTOR) * output_c_stride
@@ -310,16 +311,16 @@ def weight_gradient_kernel(
     ACCUMULATOR: tl.constexpr, INPUT_PRECISION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """grad_weight = a convolution's weight gradient from grad_output = dz, and row_sums = dz's sums, the bias's gradient.
+    """grad_weight = a convolution's weight gradient from grad_output = dz, and row_sums = dz's sums, the bias's.
 
     A matmul of (out_channels, pixels) with (pixels, taps * in_channels) for each group; channels are counts of one
-    group. grad_output (batch, groups * out_channels, out_height, out_width), input (batch, groups * in_channels, height,
-    width) and grad_weight have any strides; row_sums (groups * out_channels,) or grad_weight and input may be None. With
-    splits of the pixels, they hold split_stride and sums_stride elements of partial results for each. FLAT: a tile has
-    channels of several taps.
+    group. grad_output (batch, groups * out_channels, out_height, out_width), input (batch, groups * in_channels,
+    height, width) and grad_weight have any strides; row_sums (groups * out_channels,) or grad_weight and input may be
+    None. With splits of the pixels, they hold split_stride and sums_stride elements of partial results for each. FLAT:
+    a tile has channels of several taps.
 
-    Launches a 3D grid. Axis 0: each program takes one tile of BLOCK_ROWS output channels and BLOCK_COLUMNS channels of a
-    tap. Axis 1: groups. Axis 2: splits, so that programs which run together share their pixels in L2.
+    Launches a 3D grid. Axis 0: each program takes one tile of BLOCK_ROWS output channels and BLOCK_COLUMNS channels of
+    a tap. Axis 1: groups. Axis 2: splits, so that programs which run together share their pixels in L2.
     """
     group = tl.program_id(1)
     split = tl.program_id(2).to(tl.int64)
@@ -365,10 +366,8 @@ def weight_gradient_kernel(
         image, pixel_row, pixel_column = split_pixel(
             pixel, out_height, out_width, image_magic, image_shift, row_magic, row_shift
         )
-        grad_offset = (
-            image.to(tl.int64) * aligned(grad_n_stride, GRAD_VECTOR)
-            + pixel_row.to(tl.int64) * aligned(grad_h_stride, GRAD_VECTOR)
-            + pixel_column.to(tl.int64) * aligned(grad_w_stride, GRAD_VECTOR)
+        grad_offset = pixel_offset(
+            image, pixel_row, pixel_column, grad_n_stride, grad_h_stride, grad_w_stride, GRAD_VECTOR
         )
         grad = tl.load(
             grad_output + (grad_offset[None, :] + (out_channel.to(tl.int64) * grad_c_stride)[:, None]),
@@ -381,11 +380,7 @@ def weight_gradient_kernel(
         if input is not None:
             top = pixel_row * stride_h - padding_h
             left = pixel_column * stride_w - padding_w
-            input_offset = (
-                image.to(tl.int64) * aligned(input_n_stride, VECTOR)
-                + top.to(tl.int64) * input_h_stride
-                + left.to(tl.int64) * input_w_stride
-            )
+            input_offset = pixel_offset(image, top, left, input_n_stride, input_h_stride, input_w_stride, VECTOR)
             seen = load_pixels(
                 input,
                 pixel_axis(input_offset, INPUT_PIXELS_LAST),
@@ -449,11 +444,7 @@ def depthwise_kernel(
     input_w_stride = aligned(input_w_stride, VECTOR)
     top = pixel_row * pace_h + offset_h
     left = pixel_column * pace_w + offset_w
-    input_offset = (
-        image.to(tl.int64) * aligned(input_n_stride, VECTOR)
-        + top.to(tl.int64) * input_h_stride
-        + left.to(tl.int64) * input_w_stride
-    )
+    input_offset = pixel_offset(image, top, left, input_n_stride, input_h_stride, input_w_stride, VECTOR)
     input_offset = pixel_axis(input_offset, PIXELS_LAST)
     top = pixel_axis(tl.where(is_pixel, top, BEYOND), PIXELS_LAST)
     left = pixel_axis(left, PIXELS_LAST)
@@ -490,10 +481,8 @@ def depthwise_kernel(
         accumulator += tl.load(bias + channel, mask=channel < channels, other=0.0).to(ACCUMULATOR)
     output_row = start_h + pixel_row * (stride_h if TRANSPOSED else 1)
     output_column = start_w + pixel_column * (stride_w if TRANSPOSED else 1)
-    output_offset = (
-        image.to(tl.int64) * aligned(output_n_stride, VECTOR)
-        + output_row.to(tl.int64) * aligned(output_h_stride, VECTOR)
-        + output_column.to(tl.int64) * aligned(output_w_stride, VECTOR)
+    output_offset = pixel_offset(
+        image, output_row, output_column, output_n_stride, output_h_stride, output_w_stride, VECTOR
     )
     offsets = pixel_axis(output_offset, PIXELS_LAST) + channel.to(tl.int64) * output_c_stride
     mask = pixel_axis(is_pixel, PIXELS_LAST) & (channel < channels)
@@ -547,11 +536,7 @@ def depthwise_weight_gradient_kernel(
             pixel, out_height, out_width, image_magic, image_shift, row_magic, row_shift
         )
         is_pixel = pixel < pixels
-        grad_offset = (
-            image.to(tl.int64) * aligned(grad_n_stride, VECTOR)
-            + pixel_row.to(tl.int64) * aligned(grad_h_stride, VECTOR)
-            + pixel_column.to(tl.int64) * aligned(grad_w_stride, VECTOR)
-        )
+        grad_offset = pixel_offset(image, pixel_row, pixel_column, grad_n_stride, grad_h_stride, grad_w_stride, VECTOR)
         grad = tl.load(
             grad_output + (pixel_axis(grad_offset, PIXELS_LAST)[None, :, :] + channel.to(tl.int64) * grad_c_stride),
             mask=pixel_axis(is_pixel, PIXELS_LAST)[None, :, :] & (channel < channels),
@@ -559,11 +544,7 @@ def depthwise_weight_gradient_kernel(
         )
         top = pixel_row * stride_h - padding_h
         left = pixel_column * stride_w - padding_w
-        input_offset = (
-            image.to(tl.int64) * aligned(input_n_stride, VECTOR)
-            + top.to(tl.int64) * input_h_stride
-            + left.to(tl.int64) * input_w_stride
-        )
+        input_offset = pixel_offset(image, top, left, input_n_stride, input_h_stride, input_w_stride, VECTOR)
         seen = load_pixels(
             input,
             pixel_axis(input_offset, PIXELS_LAST)[None, :, :],
@@ -580,9 +561,8 @@ def depthwise_weight_gradient_kernel(
 
     sums = tl.sum(accumulator, 2 if PIXELS_LAST else 1)
     is_channel = (out_channel < channels)[None, :]
-    tap_offset = (tap // kernel_width).to(tl.int64) * weight_h_stride + (tap % kernel_width).to(
-        tl.int64
-    ) * weight_w_stride
+    tap_offset = (tap // kernel_width).to(tl.int64) * weight_h_stride
+    tap_offset += (tap % kernel_width).to(tl.int64) * weight_w_stride
     offsets = tap_offset[:, None] + (out_channel.to(tl.int64) * weight_out_stride)[None, :]
     tl.store(
         grad_weight + (split * split_stride + offsets),
@@ -682,8 +662,8 @@ def usable_tiles(dtype, allow_tf32, wide, row_sums, device):
 def choose_config(product, flat, dtype, allow_tf32, wide, row_sums, splittable, device, only=None):
     """The tile and splits of depth with the least estimated time for a product, estimated as linear's choose_config.
 
-    Pure arithmetic. flat: blocks go over from run to run; wide: all is read by 16 bytes; row_sums: sums are taken beside
-    the products; splittable: whether partial results can be stored; only: the tile to take.
+    Pure arithmetic. flat: blocks go over from run to run; wide: all is read by 16 bytes; row_sums: sums are taken
+    beside the products; splittable: whether partial results can be stored; only: the tile to take.
     """
     product = product.flattened() if flat else product
     best = None
@@ -758,30 +738,22 @@ def as_matrix(images):
         return None
 
 
-def _pointwise(weight, stride, padding, groups, *images):
-    """The matrices that images are to a convolution of 1 x 1 taps which is a matmul, or None."""
+def _pointwise(weight, stride, padding, groups, input, output):
+    """The matrices that input and output are to a convolution which is a matmul, one of 1 x 1 taps; else None."""
     if groups != 1 or weight.shape[2:] != (1, 1) or tuple(stride) != (1, 1) or tuple(padding) != (0, 0):
         return None
-    matrices = [None if each is None else as_matrix(each) for each in images]
-    return None if any(each is not None and m is None for each, m in zip(images, matrices, strict=True)) else matrices
+    matrices = as_matrix(input), as_matrix(output)
+    return None if any(matrix is None for matrix in matrices) else matrices
 
 
-def _strides(name, tensor, axes="nchw"):
-    return {f"{name}_{axis}_stride": tensor.stride(position) for position, axis in enumerate(axes)}
+def _strides(name, tensor):
+    return {f"{name}_{axis}_stride": stride for axis, stride in zip("nchw", tensor.stride(), strict=True)}
 
 
 def _geometry(kernel, stride, padding, dilation):
-    names = (
-        "kernel_height",
-        "kernel_width",
-        "stride_h",
-        "stride_w",
-        "padding_h",
-        "padding_w",
-        "dilation_h",
-        "dilation_w",
-    )
-    return dict(zip(names, (*kernel, *stride, *padding, *dilation), strict=True))
+    pairs = {"stride": stride, "padding": padding, "dilation": dilation}
+    found = {f"{name}_{axis}": value for name, pair in pairs.items() for axis, value in zip("hw", pair, strict=True)}
+    return {"kernel_height": kernel[0], "kernel_width": kernel[1], **found}
 
 
 def _residues(stride, dilation, transposed):
@@ -816,10 +788,15 @@ def _gather_launches(
     positions = batch * math.prod(
         triton.cdiv(size, s if transposed else 1) for size, s in zip(output.shape[2:], stride, strict=True)
     )
+    depthwise, kind = groups > 1 and weight.shape[1] == 1, precision(input.dtype, allow_tf32)
+    if not depthwise:
+        input, weight = channels_last(input, channels // groups, kind), channels_last(weight, weight.shape[1], kind)
     finish = {"bias": bias, "output": output, "preactivation": preactivation}
     common = {
         "batch": batch, "height": height, "width": width, "out_height": out_height, "out_width": out_width,
-        **_geometry(weight.shape[2:], stride, padding, dilation), **_residues(stride, dilation, transposed), **_strides("output", output),
+        **_geometry(weight.shape[2:], stride, padding, dilation), **_residues(stride, dilation, transposed),
+        **_strides("input", input), **_strides("output", output),
+        "weight_h_stride": weight.stride(2), "weight_w_stride": weight.stride(3),
     }  # fmt: skip
     accumulator = _accumulator(input.dtype)
     constants = {
@@ -828,13 +805,12 @@ def _gather_launches(
         "PARAMETER": compiled_parameter(activation, parameter),
         "ACCUMULATOR": tl.float64 if accumulator == torch.float64 else tl.float32,
     }
-    if groups > 1 and weight.shape[1] == 1:
+    if depthwise:
         wide = vector(results, input, output) if channels == results else 1
         blocks = depthwise_blocks(output.stride(1) != 1)
         arguments = {
             "input": input, "weight": weight, **finish, **common, "multiplier": weight.shape[0] // groups,
-            "out_channels": results, **_strides("input", input),
-            "weight_out_stride": weight.stride(0), "weight_h_stride": weight.stride(2), "weight_w_stride": weight.stride(3),
+            "out_channels": results, "weight_out_stride": weight.stride(0),
         }  # fmt: skip
         grid = triton.cdiv(positions, blocks["BLOCK_PIXELS"]), triton.cdiv(results, blocks["BLOCK_CHANNELS"]), classes
         constants |= {"PIXELS_LAST": output.stride(1) != 1, "VECTOR": wide, **blocks}
@@ -842,9 +818,7 @@ def _gather_launches(
             Launch(depthwise_kernel, grid, arguments, constants, device, DEPTHWISE_WARPS, plan=Plan(DEPTHWISE_PROGRAMS))
         ]
 
-    kind = precision(input.dtype, allow_tf32)
     in_channels, out_channels = channels // groups, results // groups
-    input, weight = channels_last(input, in_channels, kind), channels_last(weight, weight.shape[1], kind)
     wide, out_wide = min(vector(in_channels, input), vector(weight.shape[1], weight)), vector(out_channels, output)
     flat = in_channels < FLAT_CHANNELS
     product = Product(
@@ -859,13 +833,11 @@ def _gather_launches(
     blocks = triton.cdiv(in_channels * product.depth_runs, tile.depth)
     if not flat:
         blocks = product.depth_runs * triton.cdiv(in_channels, tile.depth)
-    out_stride, in_stride = (1, 0) if transposed else (0, 1)
+    out_axis = 1 if transposed else 0
     arguments = {
         "input": input, "weight": weight, **target, **common, "in_channels": in_channels, "out_channels": out_channels,
-        **_strides("input", input),
         "weight_group_stride": weight.shape[0] // groups * weight.stride(0),
-        "weight_out_stride": weight.stride(out_stride), "weight_in_stride": weight.stride(in_stride),
-        "weight_h_stride": weight.stride(2), "weight_w_stride": weight.stride(3),
+        "weight_out_stride": weight.stride(out_axis), "weight_in_stride": weight.stride(1 - out_axis),
         "blocks_per_split": triton.cdiv(blocks, splits), "split_stride": output.numel() if splits > 1 else 0,
     }  # fmt: skip
     constants |= {
@@ -892,9 +864,9 @@ def conv_launches(
     input, weight, bias, output, preactivation, stride, padding, dilation, groups, kind, parameter, **options
 ):  # fmt: skip
     """The launches of conv, not yet run; options: allow_tf32, device (common.Device), tile."""
-    matrices = _pointwise(weight, stride, padding, groups, input, output, preactivation)
+    matrices = _pointwise(weight, stride, padding, groups, input, output)
     if matrices and matrices[1].is_contiguous():
-        x, y, z = matrices
+        (x, y), z = matrices, None if preactivation is None else as_matrix(preactivation)
         return linear.linear_launches(x, weight[:, :, 0, 0], bias, y, z, kind, parameter, **options)
     return _gather_launches(
         input, weight, output, stride, padding, dilation, groups, False,
@@ -1017,7 +989,7 @@ def conv(input, weight, bias, output, preactivation, stride, padding, dilation, 
 
 
 def conv_input_gradient(grad_output, weight, grad_input, stride, padding, dilation, groups, *, allow_tf32):
-    """grad_input (N, C, H, W) of conv, from the gradient of the pre-activation: grad_output (N, K, P, Q), any strides."""
+    """grad_input (N, C, H, W) of conv from its pre-activation's gradient, grad_output (N, K, P, Q), any strides."""
     for launch in input_gradient_launches(
         grad_output, weight, grad_input, stride, padding, dilation, groups, allow_tf32=allow_tf32
     ):

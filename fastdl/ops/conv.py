@@ -602,13 +602,71 @@ _CPU_NOTE = "own kernels for 1x1, depthwise and all activations; other products 
 _add("cpu", _cpu_forward, _cpu_backward, _CPU_NOTE)
 
 
-# --------------------------------------------------------------------------------------------------------------- cuda
+# ------------------------------------------------------------------------------------------------------------- triton
 
 
 def _allow_tf32(tensor: Tensor) -> bool:
     """As torch's switch for the device says; a CPU's is for the emulator."""
     library = torch.backends.cudnn if tensor.is_cuda else torch.backends.mkldnn
     return bool(library.conv.fp32_precision == "tf32")
+
+
+def _triton_forward(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+    kind: int,
+    parameter: float,
+    preactivation: bool,
+) -> tuple[Tensor, Tensor | None]:
+    from fastdl.kernels import conv as kernels
+
+    shape = _output_shape(input, weight, stride, padding, dilation)
+    y = _empty(shape, input, memory_format(input, weight))
+    z = torch.empty_like(y) if preactivation else None
+    arguments = stride, padding, dilation, groups, kind, parameter
+    kernels.conv(input, weight, bias, y, z, *arguments, allow_tf32=_allow_tf32(input))
+    return y, z
+
+
+def _triton_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    saved: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+    kind: int,
+    parameter: float,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    from fastdl.kernels import conv as kernels
+
+    if saved is not None:  # once: inside the products each tap would take the activation's gradient again
+        grad_output = ACTIVATION_BACKWARD.implementations["triton"](grad_output, saved, kind, parameter)
+    format, geometry = memory_format(input, weight), (stride, padding, dilation, groups)
+    grad_input = _empty(input.shape, grad_output, format) if needs[0] else None
+    grad_weight = _empty(weight.shape, grad_output, format) if needs[1] else None
+    grad_bias = grad_output.new_empty(weight.shape[:1]) if needs[2] else None
+    if grad_input is not None:
+        kernels.conv_input_gradient(grad_output, weight, grad_input, *geometry, allow_tf32=_allow_tf32(grad_output))
+    if needs[1] or needs[2]:
+        kernels.conv_weight_gradient(
+            grad_output, input, grad_weight, grad_bias, *geometry, allow_tf32=_allow_tf32(grad_output)
+        )
+    return [gradient for gradient in (grad_input, grad_weight, grad_bias) if gradient is not None]
+
+
+_add("triton", _triton_forward, _triton_backward)
+
+
+# --------------------------------------------------------------------------------------------------------------- cuda
 
 
 def _workspace(size: int, like: Tensor) -> Tensor | None:
