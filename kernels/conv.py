@@ -693,14 +693,15 @@ def plan(tile, kind, wide, device):
 
 
 def depthwise_blocks(pixels_last):
-    """The block sizes of depthwise_kernel: a thread takes 32 numbers, 16 bytes of each row of them, and loads its
-    channels' weights once for all its pixels."""
-    return {"BLOCK_PIXELS": 256, "BLOCK_CHANNELS": 4} if pixels_last else {"BLOCK_PIXELS": 64, "BLOCK_CHANNELS": 64}
+    """The block sizes of depthwise_kernel: of its channels' weights, a thread loads each once for two pixels; in NCHW a
+    warp takes one row of 32 pixels after the other."""
+    return {"BLOCK_PIXELS": 256, "BLOCK_CHANNELS": 4} if pixels_last else {"BLOCK_PIXELS": 32, "BLOCK_CHANNELS": 64}
 
 
 def depthwise_gradient_blocks(taps, pixels_last):
-    """The block sizes of depthwise_weight_gradient_kernel: for 3 x 3 taps and a bias up to 32 sums a thread."""
-    pixels, channels = (32, 4) if pixels_last else (4, 64)
+    """The block sizes of depthwise_weight_gradient_kernel: for 3 x 3 taps and a bias 32 sums a thread, or 8 in NCHW,
+    where each has an address of its own."""
+    pixels, channels = (32, 2) if pixels_last else (4, 64)
     return {
         "BLOCK_TAPS": min(triton.next_power_of_2(taps), 16), "BLOCK_PIXELS": pixels, "BLOCK_CHANNELS": channels
     }  # fmt: skip
@@ -1030,11 +1031,11 @@ def compile_targets(device, every=True):
             (torch.bfloat16, False), (torch.float16, False), (torch.float32, True), (torch.float32, False),
             (torch.float64, False),
         ):  # fmt: skip
-            few = not every or dtype == torch.float16  # whose code is bfloat16's but for the conversions
             for layout in ("channels last", "contiguous"):
                 copied = layout == "contiguous" and precision(dtype, allow_tf32) in ("half", "tf32")
                 tiles = usable_tiles(dtype, allow_tf32, copied or layout == "channels last", sums, device)
-                for tile in tiles[:1] if few else tiles:
+                # float16's code is bfloat16's but for the conversions, and a copy's differs in the stores.
+                for tile in tiles[:1] if copied or not every or dtype == torch.float16 else tiles:
                     name = f"{layout} {tile.rows}x{tile.columns}x{tile.depth}"
                     add(name, direction, dtype, allow_tf32, layout=layout, tile=tile)
     for direction in DIRECTIONS if every else DIRECTIONS[:3]:
