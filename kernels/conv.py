@@ -592,6 +592,7 @@ TILES = linear.TILES | {
         Tile(128, 256, 64, 8, 1.0),  # least traffic from L2 a product; two groups of four warps, 64 rows each
         Tile(256, 128, 64, 8, 1.0),  # the same for 128 channels
         Tile(128, 128, 64, 4, 0.85),  # two programs at once, so that one multiplies while the other starts or stores
+        Tile(128, 128, 64, 8, 0.8),  # the largest on Ampere
         Tile(128, 64, 64, 4, 0.65),  # 64 channels
         Tile(64, 64, 64, 4, 0.45),  # the smallest with full-width Hopper matrix instructions
         Tile(128, 64, 32, 4, 0.5),  # 64 channels and no more than 32 to sum over in each tap
@@ -655,7 +656,13 @@ def usable_tiles(dtype, allow_tf32, wide, row_sums, device):
     kind = precision(dtype, allow_tf32)
     sparing = linear.is_sparing(kind, wide, False, row_sums, device)
     tiles = linear.SPARING_TILES[dtype.itemsize] if sparing else TILES[kind]
-    return [tile for tile in tiles if stages_that_fit(tile, dtype.itemsize, device) >= 2]
+    return [
+        tile
+        for tile in tiles
+        # Ampere's matrix instructions read registers: with the pixels' addresses 128 accumulators a thread would spill.
+        if not (tile.accumulators >= 128 and 0 < device.capability < 90)
+        and stages_that_fit(tile, dtype.itemsize, device) >= 2
+    ]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -816,7 +823,7 @@ def _gather_launches(
         grid = triton.cdiv(positions, blocks["BLOCK_PIXELS"]), triton.cdiv(results, blocks["BLOCK_CHANNELS"]), classes
         constants |= {"PIXELS_LAST": output.stride(1) != 1, "VECTOR": wide, **blocks}
         return [
-            Launch(depthwise_kernel, grid, arguments, constants, device, DEPTHWISE_WARPS, plan=Plan(DEPTHWISE_PROGRAMS))
+            Launch(depthwise_kernel, grid, arguments, constants, device, DEPTHWISE_WARPS, plan=Plan(DEPTHWISE_PROGRAMS, access_bytes=16 if wide > 1 else 0))
         ]
 
     in_channels, out_channels = channels // groups, results // groups
@@ -953,8 +960,9 @@ def weight_gradient_launches(
             "BLOCK_ROWS": tile.rows, "BLOCK_COLUMNS": tile.columns, "BLOCK_DEPTH": tile.depth,
         }  # fmt: skip
         launch = weight_gradient_kernel, (tiles, groups, splits)
-        stored_wide = all_wide and strides[1] == 1
-        planned = plan(tile, kind, stored_wide, device) if grad_weight is not None else Plan()
+        # In tf32 matrix instructions want operands contiguous in pixels: these are transposed while they are loaded.
+        loads_wide = all_wide and strides[1] == 1 and kind != "tf32"
+        planned = plan(tile, kind, loads_wide, device) if grad_weight is not None else Plan()
         options = {"warps": tile.warps, "stages": config.stages, "plan": planned}
         names = "grad_weight", "row_sums"
 
