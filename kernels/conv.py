@@ -822,9 +822,8 @@ def _gather_launches(
         }  # fmt: skip
         grid = triton.cdiv(positions, blocks["BLOCK_PIXELS"]), triton.cdiv(results, blocks["BLOCK_CHANNELS"]), classes
         constants |= {"PIXELS_LAST": output.stride(1) != 1, "VECTOR": wide, **blocks}
-        return [
-            Launch(depthwise_kernel, grid, arguments, constants, device, DEPTHWISE_WARPS, plan=Plan(DEPTHWISE_PROGRAMS, access_bytes=16 if wide > 1 else 0))
-        ]
+        planned = Plan(DEPTHWISE_PROGRAMS, access_bytes=16 if wide > 1 else 0)
+        return [Launch(depthwise_kernel, grid, arguments, constants, device, DEPTHWISE_WARPS, plan=planned)]
 
     in_channels, out_channels = channels // groups, results // groups
     wide, out_wide = min(vector(in_channels, input), vector(weight.shape[1], weight)), vector(out_channels, output)
