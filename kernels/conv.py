@@ -1043,7 +1043,7 @@ def compile_targets(device, every=True):
                 tiles = usable_tiles(dtype, allow_tf32, copied or layout == "channels last", sums, device)
                 # float16's code is bfloat16's but for the conversions, and a copy's differs in the stores.
                 for tile in tiles[:1] if copied or not every or dtype == torch.float16 else tiles:
-                    name = f"{layout} {tile.rows}x{tile.columns}x{tile.depth}"
+                    name = f"{layout} {tile.rows}x{tile.columns}x{tile.depth} by {tile.warps} warps"
                     add(name, direction, dtype, allow_tf32, layout=layout, tile=tile)
     for direction in DIRECTIONS if every else DIRECTIONS[:3]:
         for dtype in (torch.bfloat16, torch.float32) if every else (torch.bfloat16,):
