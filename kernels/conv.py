@@ -596,15 +596,15 @@ TILES = linear.TILES | {
         Tile(128, 64, 64, 4, 0.65),  # 64 channels
         Tile(64, 64, 64, 4, 0.45),  # the smallest with full-width Hopper matrix instructions
         Tile(128, 64, 32, 4, 0.5),  # 64 channels and no more than 32 to sum over in each tap
-        Tile(128, 16, 64, 4, 0.15),  # few channels, as in the gradient of an RGB image
-        Tile(16, 64, 64, 4, 0.15),  # few channels in a weight's gradient
+        Tile(128, 16, 64, 4, 0.2),  # few channels, as in the gradient of an RGB image: bound by reading the pixels
+        Tile(16, 64, 64, 4, 0.2),  # few channels in a weight's gradient
     ),
     "tf32": (
         Tile(128, 128, 32, 8, 1.0),  # 32 deep as float32 takes twice the bytes of half
         Tile(128, 64, 32, 4, 0.75),
         Tile(64, 64, 32, 4, 0.5),
-        Tile(128, 16, 32, 4, 0.15),
-        Tile(16, 64, 32, 4, 0.15),
+        Tile(128, 16, 32, 4, 0.2),
+        Tile(16, 64, 32, 4, 0.2),
     ),
 }
 MOST_STAGES = 4  # hides the memory's latency at every block depth here

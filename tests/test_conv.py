@@ -640,3 +640,45 @@ def test_integers_work_where_torch_has_them_and_a_named_backend_says_no():
     assert torch.equal(fastdl.functional.conv2d(x, w), F.conv2d(x, w))
     with fastdl.use_backend("cpu"), pytest.raises(fastdl.UnsupportedError, match="int64"):
         fastdl.functional.conv2d(x, w)
+
+
+# ------------------------------------------------------------------------------------------------- triton's choices
+
+
+@pytest.fixture
+def triton_conv():
+    if dispatch.triton_error() is not None:
+        pytest.skip(dispatch.triton_error())
+    from fastdl.kernels import conv
+
+    return conv
+
+
+def test_magic_numbers_divide(triton_conv):
+    largest = 2**31 - 1
+    for divisor in (*range(1, 300), 3136, 50176, 65535, 65536, 65537, 2**30 + 1, largest):
+        magic, shift = triton_conv.magic_number(divisor)
+        assert 2**31 <= magic < 2**32 and largest * magic < 2**64
+        for multiple in (1, 2, 7, largest // divisor):
+            for number in (multiple * divisor - 1, multiple * divisor, multiple * divisor + 1):
+                if number <= largest:
+                    assert number * magic >> shift == number // divisor
+
+
+@pytest.mark.parametrize("device", ["A100", "H100", "B200", "MI300"])
+def test_tiles_are_chosen_by_size(triton_conv, device):
+    from fastdl.kernels import common
+
+    device = getattr(common, device)
+
+    def choose(pixels, results, channels, **options):
+        product = triton_conv.Product(pixels, results, channels, depth_runs=9)
+        return triton_conv.choose_config(product, False, torch.bfloat16, False, True, False, True, device, **options)
+
+    large = choose(32 * 56 * 56, 256, 256)
+    assert large.splits == 1 and large.tile.speed == max(tile.speed for tile in triton_conv.usable_tiles(
+        torch.bfloat16, False, True, False, device
+    ))  # fmt: skip
+    assert choose(7 * 7, 512, 512).splits > 1  # a few pixels fill the device by splitting the depth
+    assert choose(32 * 56 * 56, 3, 256).tile.columns == 16
+    assert choose(32 * 56 * 56, 64, 64).tile.columns == 64
