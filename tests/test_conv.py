@@ -671,14 +671,13 @@ def test_tiles_are_chosen_by_size(triton_conv, device):
 
     device = getattr(common, device)
 
-    def choose(pixels, results, channels, **options):
+    def choose(pixels, results, channels):
         product = triton_conv.Product(pixels, results, channels, depth_runs=9)
-        return triton_conv.choose_config(product, False, torch.bfloat16, False, True, False, True, device, **options)
+        return triton_conv.choose_config(product, False, torch.bfloat16, False, True, False, True, device)
 
+    tiles = triton_conv.usable_tiles(torch.bfloat16, False, True, False, device)
     large = choose(32 * 56 * 56, 256, 256)
-    assert large.splits == 1 and large.tile.speed == max(tile.speed for tile in triton_conv.usable_tiles(
-        torch.bfloat16, False, True, False, device
-    ))  # fmt: skip
+    assert large.splits == 1 and large.tile.speed == max(tile.speed for tile in tiles)
     assert choose(7 * 7, 512, 512).splits > 1  # a few pixels fill the device by splitting the depth
     assert choose(32 * 56 * 56, 3, 256).tile.columns == 16
     assert choose(32 * 56 * 56, 64, 64).tile.columns == 64
