@@ -117,14 +117,13 @@ def store_part(
     columns = aligned(columns, VECTOR)
     if bias is not None:
         tile += tl.load(bias + index, mask=index < columns, other=0.0).to(tile.dtype)[None, :]
-    result = apply_activation(tile, ACTIVATION, PARAMETER)
-    offsets = pixel_axis(row_offset, PIXELS_LAST) + channel_axis(index.to(tl.int64) * channel_stride, PIXELS_LAST)
-    mask = pixel_axis(is_pixel, PIXELS_LAST) & channel_axis(index < columns, PIXELS_LAST)
     if PIXELS_LAST:
         tile = tl.trans(tile)
-        result = tl.trans(result)
+    offsets = pixel_axis(row_offset, PIXELS_LAST) + channel_axis(index.to(tl.int64) * channel_stride, PIXELS_LAST)
+    mask = pixel_axis(is_pixel, PIXELS_LAST) & channel_axis(index < columns, PIXELS_LAST)
     if preactivation is not None:
         tl.store(preactivation + offsets, tile.to(preactivation.dtype.element_ty), mask=mask)
+    result = apply_activation(tile, ACTIVATION, PARAMETER)
     tl.store(output + offsets, result.to(output.dtype.element_ty), mask=mask)
 
 
@@ -695,8 +694,9 @@ def choose_config(product, flat, dtype, allow_tf32, wide, row_sums, splittable, 
 
 def plan(tile, kind, wide, device):
     """What the machine code of a product must reach on a device."""
-    planned = linear.plan(tile, kind, wide, device)
-    return replace(planned, programs=tile.programs if device.capability else 1)
+    # Told its limit, ptxas does without the few spills that it takes for one more program on Blackwell's plain cores.
+    programs = tile.programs if device.capability else 1
+    return replace(linear.plan(tile, kind, wide, device), programs=programs, limits_registers=True)
 
 
 def depthwise_blocks(pixels_last):
