@@ -694,9 +694,10 @@ def choose_config(product, flat, dtype, allow_tf32, wide, row_sums, splittable, 
 
 def plan(tile, kind, wide, device):
     """What the machine code of a product must reach on a device."""
-    # Told its limit, ptxas does without the few spills that it takes for one more program on Blackwell's plain cores.
-    programs = tile.programs if device.capability else 1
-    return replace(linear.plan(tile, kind, wide, device), programs=programs, limits_registers=True)
+    planned = linear.plan(tile, kind, wide, device)
+    # Of 8 warps' programs ptxas would spill to let two in, even where fewer warps' do better without a limit.
+    limits = planned.limits_registers or tile.warps == 8
+    return replace(planned, programs=tile.programs if device.capability else 1, limits_registers=limits)
 
 
 def depthwise_blocks(pixels_last):
@@ -705,10 +706,10 @@ def depthwise_blocks(pixels_last):
     return {"BLOCK_PIXELS": 256, "BLOCK_CHANNELS": 4} if pixels_last else {"BLOCK_PIXELS": 32, "BLOCK_CHANNELS": 64}
 
 
-def depthwise_gradient_blocks(taps, pixels_last):
-    """The block sizes of depthwise_weight_gradient_kernel: for 3 x 3 taps and a bias 32 sums a thread, or 8 in NCHW,
-    where each has an address of its own."""
-    pixels, channels = (32, 2) if pixels_last else (4, 64)
+def depthwise_gradient_blocks(taps, pixels_last, element_size):
+    """The block sizes of depthwise_weight_gradient_kernel: for 3 x 3 taps and a bias a thread has 32 sums of 16-bit
+    numbers, 16 of float32, and 8 in NCHW, where each number has an address of its own."""
+    pixels, channels = (32, 2) if pixels_last else (8 // element_size, 64)
     return {
         "BLOCK_TAPS": min(triton.next_power_of_2(taps), 16), "BLOCK_PIXELS": pixels, "BLOCK_CHANNELS": channels
     }  # fmt: skip
@@ -926,7 +927,7 @@ def weight_gradient_launches(
     constants = {"VECTOR": 1, "ACCUMULATOR": tl.float64 if accumulator == torch.float64 else tl.float32}
     if depthwise:
         taps = math.prod(kernel) + (grad_bias is not None)
-        blocks = depthwise_gradient_blocks(taps, pixels_last)
+        blocks = depthwise_gradient_blocks(taps, pixels_last, grad_output.element_size())
         tiles = triton.cdiv(taps, blocks["BLOCK_TAPS"]), triton.cdiv(results, blocks["BLOCK_CHANNELS"])
         pixel_blocks = triton.cdiv(pixels, blocks["BLOCK_PIXELS"])
         wanted = triton.cdiv(device.multiprocessors * DEPTHWISE_PROGRAMS, math.prod(tiles))
