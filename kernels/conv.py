@@ -739,6 +739,13 @@ def channels_last(tensor, channels, kind):
     return tensor.contiguous(memory_format=torch.channels_last) if copy else tensor
 
 
+def check_pixels(*images):
+    """Raises where a pixel's number would not fit its 32 bits, a last tile included; channels are counted in 64."""
+    for name, shape in images:
+        if shape[0] * shape[2] * shape[3] > 2**31 - 1024:
+            raise RuntimeError(f"conv: {name} has shape {tuple(shape)}, allowed: at most 2**31 - 1024 pixels")
+
+
 def as_matrix(images):
     """(N, C, H, W) as a (N * H * W, C) view; None where its strides do not allow one."""
     try:
@@ -791,6 +798,7 @@ def _gather_launches(
     *, bias=None, preactivation=None, activation=0, parameter=0.0, allow_tf32=False, device=None, tile=None,
 ):  # fmt: skip
     """The launches of conv_kernel or depthwise_kernel; in the latter's and the former's sense of input and output."""
+    check_pixels(("grad_output" if transposed else "input", input.shape), ("its result", output.shape))
     device = device or device_limits(input.device)
     (batch, channels, height, width), (_, results, out_height, out_width) = input.shape, output.shape
     classes = stride[0] * stride[1] if transposed else 1
@@ -896,6 +904,7 @@ def weight_gradient_launches(
     *, allow_tf32=False, device=None, tile=None,
 ):  # fmt: skip
     """The launches of conv_weight_gradient, not yet run; options as of conv_launches."""
+    check_pixels(("grad_output", grad_output.shape))
     device = device or device_limits(grad_output.device)
     batch, results, out_height, out_width = grad_output.shape
     if grad_weight is not None:

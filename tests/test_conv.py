@@ -681,3 +681,12 @@ def test_tiles_are_chosen_by_size(triton_conv, device):
     assert choose(7 * 7, 512, 512).splits > 1  # a few pixels fill the device by splitting the depth
     assert choose(32 * 56 * 56, 3, 256).tile.columns == 16
     assert choose(32 * 56 * 56, 64, 64).tile.columns == 64
+
+
+def test_more_pixels_than_numbers_are_refused(triton_conv):
+    image = torch.empty(2, 1, 2**15, 2**15, device="meta")
+    weight = torch.empty(1, 1, 1, 1, device="meta")
+    with pytest.raises(RuntimeError, match=r"input.*\(2, 1, 32768, 32768\).*2\*\*31"):
+        triton_conv.conv_launches(image, weight, None, image, None, (1, 1), (1, 1), (1, 1), 1, 0, 0.0)
+    with pytest.raises(RuntimeError, match=r"grad_output.*\(2, 1, 32768, 32768\).*2\*\*31"):
+        triton_conv.weight_gradient_launches(image, image, weight, None, (1, 1), (1, 1), (1, 1), 1)
