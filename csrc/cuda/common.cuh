@@ -215,9 +215,9 @@ __device__ __forceinline__ Vector<T, count> load(const T* address) {
   return *reinterpret_cast<const Vector<T, count>*>(address);
 }
 
-// Rounds to nearest even and stores.
-template <int count, class T>
-__device__ __forceinline__ void store(T* address, const Compute<T> (&values)[count]) {
+// Rounds to nearest even.
+template <class T, int count>
+__device__ __forceinline__ Vector<T, count> round_to(const Compute<T> (&values)[count]) {
   Vector<T, count> vector;
   if constexpr (sizeof(T) == 2 && count % 2 == 0) {  // in pairs: one instruction converts two
 #pragma unroll
@@ -236,7 +236,13 @@ __device__ __forceinline__ void store(T* address, const Compute<T> (&values)[cou
 #pragma unroll
     for (int i = 0; i < count; ++i) vector.element[i] = T(values[i]);
   }
-  *reinterpret_cast<Vector<T, count>*>(address) = vector;
+  return vector;
+}
+
+// Rounds and stores.
+template <int count, class T>
+__device__ __forceinline__ void store(T* address, const Compute<T> (&values)[count]) {
+  *reinterpret_cast<Vector<T, count>*>(address) = round_to<T>(values);
 }
 
 // Whether every address (null counts as absent) allows vectors of the given number of bytes.
