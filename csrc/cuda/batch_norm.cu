@@ -875,9 +875,9 @@ void normalise_all(const BatchNormPlan& plan, const Layer<T>& layer, const void*
 
 }  // namespace
 
-void batch_norm(int dtype, const void* input, const void* weight, const void* bias, const void* residual, void* output,
-                void* mean, void* rstd, void* variance, int64_t outer, int64_t channels, int64_t inner, double eps,
-                int kind, double parameter, void* workspace, cudaStream_t stream) {
+void batch_norm(int dtype, int64_t outer, int64_t channels, int64_t inner, const void* input, const void* weight,
+                const void* bias, const void* residual, void* output, void* mean, void* rstd, void* variance,
+                double eps, int kind, double parameter, void* workspace, cudaStream_t stream) {
   constexpr const char* name = "batch_norm";
   require_array(name, outer, channels, inner, kind);
   require(input && output && mean && rstd && variance && workspace, name, "arrays", "0", "addresses");
@@ -902,8 +902,8 @@ void batch_norm(int dtype, const void* input, const void* weight, const void* bi
   });
 }
 
-void batch_norm_statistics(int dtype, const void* input, void* mean, void* squares, int64_t outer, int64_t channels,
-                           int64_t inner, void* workspace, cudaStream_t stream) {
+void batch_norm_statistics(int dtype, int64_t outer, int64_t channels, int64_t inner, const void* input, void* mean,
+                           void* squares, void* workspace, cudaStream_t stream) {
   constexpr const char* name = "batch_norm_statistics";
   require_array(name, outer, channels, inner, 0);
   require(input && mean && squares && workspace, name, "arrays", "0", "addresses");
@@ -917,9 +917,10 @@ void batch_norm_statistics(int dtype, const void* input, void* mean, void* squar
   });
 }
 
-void batch_norm_inference(int dtype, const void* input, const void* weight, const void* bias, const void* residual,
-                          const void* mean, const void* variance, void* output, int64_t outer, int64_t channels,
-                          int64_t inner, double eps, int kind, double parameter, cudaStream_t stream) {
+void batch_norm_inference(int dtype, int64_t outer, int64_t channels, int64_t inner, const void* input,
+                          const void* weight, const void* bias, const void* residual, const void* mean,
+                          const void* variance, void* output, double eps, int kind, double parameter,
+                          cudaStream_t stream) {
   constexpr const char* name = "batch_norm_inference";
   require_array(name, outer, channels, inner, kind);
   require(input && output && mean && variance, name, "arrays", "0", "addresses");
@@ -935,11 +936,11 @@ void batch_norm_inference(int dtype, const void* input, const void* weight, cons
   });
 }
 
-void batch_norm_backward(int dtype, const void* grad_output, const void* input, const void* weight, const void* bias,
-                         const void* residual, const void* output, const void* mean, const void* rstd, void* grad_input,
-                         void* grad_weight, void* grad_bias, void* grad_residual, bool training, int64_t outer,
-                         int64_t channels, int64_t inner, int kind, double parameter, void* workspace,
-                         cudaStream_t stream) {
+void batch_norm_backward(int dtype, int64_t outer, int64_t channels, int64_t inner, const void* grad_output,
+                         const void* input, const void* weight, const void* bias, const void* residual,
+                         const void* output, const void* mean, const void* rstd, void* grad_input, void* grad_weight,
+                         void* grad_bias, void* grad_residual, bool training, int kind, double parameter,
+                         void* workspace, cudaStream_t stream) {
   constexpr const char* name = "batch_norm_backward";
   require_array(name, outer, channels, inner, kind);
   require(grad_output && input && mean && rstd && workspace, name, "arrays", "0", "addresses");
@@ -996,9 +997,9 @@ void batch_norm_backward(int dtype, const void* grad_output, const void* input, 
   });
 }
 
-void batch_norm_apply(int dtype, const void* grad_output, const void* input, const void* weight, const void* mean,
-                      const void* rstd, const void* mean_gradient, const void* mean_product, void* grad_input,
-                      int64_t outer, int64_t channels, int64_t inner, cudaStream_t stream) {
+void batch_norm_apply(int dtype, int64_t outer, int64_t channels, int64_t inner, const void* grad_output,
+                      const void* input, const void* weight, const void* mean, const void* rstd,
+                      const void* mean_gradient, const void* mean_product, void* grad_input, cudaStream_t stream) {
   constexpr const char* name = "batch_norm_apply";
   require_array(name, outer, channels, inner, 0);
   require(grad_output && input && mean && rstd && mean_gradient && mean_product && grad_input, name, "arrays", "0",

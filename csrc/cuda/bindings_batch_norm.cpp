@@ -7,73 +7,74 @@ namespace fastdl {
 void bind_cuda_batch_norm(py::module_& module) {
   module.def(
       "batch_norm",
-      [](int dtype, Address input, Address weight, Address bias, Address residual, Address output, Address mean,
-         Address rstd, Address variance, int64_t outer, int64_t channels, int64_t inner, double eps, int kind,
+      [](int dtype, int64_t outer, int64_t channels, int64_t inner, Address input, Address weight, Address bias,
+         Address residual, Address output, Address mean, Address rstd, Address variance, double eps, int kind,
          double parameter, Address workspace, Address context) {
-        cuda::batch_norm(dtype, pointer(input), pointer(weight), pointer(bias), pointer(residual), pointer(output),
-                         pointer(mean), pointer(rstd), pointer(variance), outer, channels, inner, eps, kind, parameter,
-                         pointer(workspace), stream(context));
+        cuda::batch_norm(dtype, outer, channels, inner, pointer(input), pointer(weight), pointer(bias),
+                         pointer(residual), pointer(output), pointer(mean), pointer(rstd), pointer(variance), eps, kind,
+                         parameter, pointer(workspace), stream(context));
       },
-      released(), py::arg("dtype"), py::arg("input"), py::arg("weight"), py::arg("bias"), py::arg("residual"),
-      py::arg("output"), py::arg("mean"), py::arg("rstd"), py::arg("variance"), py::arg("outer"), py::arg("channels"),
-      py::arg("inner"), py::arg("eps"), py::arg("kind"), py::arg("parameter"), py::arg("workspace"), py::arg("context"),
+      released(), py::arg("dtype"), py::arg("outer"), py::arg("channels"), py::arg("inner"), py::arg("input"),
+      py::arg("weight"), py::arg("bias"), py::arg("residual"), py::arg("output"), py::arg("mean"), py::arg("rstd"),
+      py::arg("variance"), py::arg("eps"), py::arg("kind"), py::arg("parameter"), py::arg("workspace"),
+      py::arg("context"),
       "output = activation((input - mean) * rstd * weight + bias + residual), all [outer, channels, inner]; mean, rstd "
       "= 1 / sqrt(biased variance + eps) and unbiased variance of the input, [channels]");
 
   module.def(
       "batch_norm_inference",
-      [](int dtype, Address input, Address weight, Address bias, Address residual, Address mean, Address variance,
-         Address output, int64_t outer, int64_t channels, int64_t inner, double eps, int kind, double parameter,
+      [](int dtype, int64_t outer, int64_t channels, int64_t inner, Address input, Address weight, Address bias,
+         Address residual, Address mean, Address variance, Address output, double eps, int kind, double parameter,
          Address context) {
-        cuda::batch_norm_inference(dtype, pointer(input), pointer(weight), pointer(bias), pointer(residual),
-                                   pointer(mean), pointer(variance), pointer(output), outer, channels, inner, eps, kind,
+        cuda::batch_norm_inference(dtype, outer, channels, inner, pointer(input), pointer(weight), pointer(bias),
+                                   pointer(residual), pointer(mean), pointer(variance), pointer(output), eps, kind,
                                    parameter, stream(context));
       },
-      released(), py::arg("dtype"), py::arg("input"), py::arg("weight"), py::arg("bias"), py::arg("residual"),
-      py::arg("mean"), py::arg("variance"), py::arg("output"), py::arg("outer"), py::arg("channels"), py::arg("inner"),
+      released(), py::arg("dtype"), py::arg("outer"), py::arg("channels"), py::arg("inner"), py::arg("input"),
+      py::arg("weight"), py::arg("bias"), py::arg("residual"), py::arg("mean"), py::arg("variance"), py::arg("output"),
       py::arg("eps"), py::arg("kind"), py::arg("parameter"), py::arg("context"),
       "batch_norm with given mean and variance");
 
   module.def(
       "batch_norm_backward",
-      [](int dtype, Address grad_output, Address input, Address weight, Address bias, Address residual, Address output,
-         Address mean, Address rstd, Address grad_input, Address grad_weight, Address grad_bias, Address grad_residual,
-         bool training, int64_t outer, int64_t channels, int64_t inner, int kind, double parameter, Address workspace,
-         Address context) {
-        cuda::batch_norm_backward(dtype, pointer(grad_output), pointer(input), pointer(weight), pointer(bias),
-                                  pointer(residual), pointer(output), pointer(mean), pointer(rstd), pointer(grad_input),
-                                  pointer(grad_weight), pointer(grad_bias), pointer(grad_residual), training, outer,
-                                  channels, inner, kind, parameter, pointer(workspace), stream(context));
+      [](int dtype, int64_t outer, int64_t channels, int64_t inner, Address grad_output, Address input, Address weight,
+         Address bias, Address residual, Address output, Address mean, Address rstd, Address grad_input,
+         Address grad_weight, Address grad_bias, Address grad_residual, bool training, int kind, double parameter,
+         Address workspace, Address context) {
+        cuda::batch_norm_backward(dtype, outer, channels, inner, pointer(grad_output), pointer(input), pointer(weight),
+                                  pointer(bias), pointer(residual), pointer(output), pointer(mean), pointer(rstd),
+                                  pointer(grad_input), pointer(grad_weight), pointer(grad_bias), pointer(grad_residual),
+                                  training, kind, parameter, pointer(workspace), stream(context));
       },
-      released(), py::arg("dtype"), py::arg("grad_output"), py::arg("input"), py::arg("weight"), py::arg("bias"),
-      py::arg("residual"), py::arg("output"), py::arg("mean"), py::arg("rstd"), py::arg("grad_input"),
-      py::arg("grad_weight"), py::arg("grad_bias"), py::arg("grad_residual"), py::arg("training"), py::arg("outer"),
-      py::arg("channels"), py::arg("inner"), py::arg("kind"), py::arg("parameter"), py::arg("workspace"),
-      py::arg("context"), "the gradients of batch_norm (training) or batch_norm_inference; 0 for those not needed");
+      released(), py::arg("dtype"), py::arg("outer"), py::arg("channels"), py::arg("inner"), py::arg("grad_output"),
+      py::arg("input"), py::arg("weight"), py::arg("bias"), py::arg("residual"), py::arg("output"), py::arg("mean"),
+      py::arg("rstd"), py::arg("grad_input"), py::arg("grad_weight"), py::arg("grad_bias"), py::arg("grad_residual"),
+      py::arg("training"), py::arg("kind"), py::arg("parameter"), py::arg("workspace"), py::arg("context"),
+      "the gradients of batch_norm (training) or batch_norm_inference; 0 for those not needed");
 
   module.def(
       "batch_norm_statistics",
-      [](int dtype, Address input, Address mean, Address squares, int64_t outer, int64_t channels, int64_t inner,
+      [](int dtype, int64_t outer, int64_t channels, int64_t inner, Address input, Address mean, Address squares,
          Address workspace, Address context) {
-        cuda::batch_norm_statistics(dtype, pointer(input), pointer(mean), pointer(squares), outer, channels, inner,
+        cuda::batch_norm_statistics(dtype, outer, channels, inner, pointer(input), pointer(mean), pointer(squares),
                                     pointer(workspace), stream(context));
       },
-      released(), py::arg("dtype"), py::arg("input"), py::arg("mean"), py::arg("squares"), py::arg("outer"),
-      py::arg("channels"), py::arg("inner"), py::arg("workspace"), py::arg("context"),
+      released(), py::arg("dtype"), py::arg("outer"), py::arg("channels"), py::arg("inner"), py::arg("input"),
+      py::arg("mean"), py::arg("squares"), py::arg("workspace"), py::arg("context"),
       "mean and sum of squared differences from it, [channels]");
 
   module.def(
       "batch_norm_apply",
-      [](int dtype, Address grad_preactivation, Address input, Address weight, Address mean, Address rstd,
-         Address mean_gradient, Address mean_product, Address grad_input, int64_t outer, int64_t channels,
-         int64_t inner, Address context) {
-        cuda::batch_norm_apply(dtype, pointer(grad_preactivation), pointer(input), pointer(weight), pointer(mean),
-                               pointer(rstd), pointer(mean_gradient), pointer(mean_product), pointer(grad_input), outer,
-                               channels, inner, stream(context));
+      [](int dtype, int64_t outer, int64_t channels, int64_t inner, Address grad_preactivation, Address input,
+         Address weight, Address mean, Address rstd, Address mean_gradient, Address mean_product, Address grad_input,
+         Address context) {
+        cuda::batch_norm_apply(dtype, outer, channels, inner, pointer(grad_preactivation), pointer(input),
+                               pointer(weight), pointer(mean), pointer(rstd), pointer(mean_gradient),
+                               pointer(mean_product), pointer(grad_input), stream(context));
       },
-      released(), py::arg("dtype"), py::arg("grad_preactivation"), py::arg("input"), py::arg("weight"), py::arg("mean"),
-      py::arg("rstd"), py::arg("mean_gradient"), py::arg("mean_product"), py::arg("grad_input"), py::arg("outer"),
-      py::arg("channels"), py::arg("inner"), py::arg("context"),
+      released(), py::arg("dtype"), py::arg("outer"), py::arg("channels"), py::arg("inner"),
+      py::arg("grad_preactivation"), py::arg("input"), py::arg("weight"), py::arg("mean"), py::arg("rstd"),
+      py::arg("mean_gradient"), py::arg("mean_product"), py::arg("grad_input"), py::arg("context"),
       "grad_input = rstd * weight * (grad_preactivation - mean_gradient - (input - mean) * rstd * mean_product)");
 
   module.def("batch_norm_workspace", &cuda::batch_norm_workspace, py::arg("dtype"), py::arg("outer"),

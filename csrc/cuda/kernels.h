@@ -99,7 +99,7 @@ size_t linear_workspace(int product, int dtype, int64_t M, int64_t N, int64_t K,
 // Batch normalisation: output = activation(z), z = (input - mean) * rstd * weight + bias + residual by channel, with
 // mean and rstd = 1 / sqrt(variance + eps) of the input. Arrays are [outer, channels, inner], of no extent 0: element
 // (o, c, i) at (o * channels + c) * inner + i. weight, bias and all else by channel are float32, float64 for float64.
-void batch_norm(int dtype,
+void batch_norm(int dtype, int64_t outer, int64_t channels, int64_t inner,
                 const void* input,     // [outer, channels, inner]
                 const void* weight,    // [channels] or null: 1
                 const void* bias,      // [channels] or null: 0
@@ -108,19 +108,20 @@ void batch_norm(int dtype,
                 void* mean,            // [channels]
                 void* rstd,            // [channels]
                 void* variance,        // [channels], unbiased
-                int64_t outer, int64_t channels, int64_t inner, double eps, int kind, double parameter,
+                double eps, int kind, double parameter,
                 void* workspace,  // as batch_norm_workspace says, 16-byte aligned
                 cudaStream_t stream);
 
 // The same with given mean and variance.
-void batch_norm_inference(int dtype, const void* input, const void* weight, const void* bias, const void* residual,
+void batch_norm_inference(int dtype, int64_t outer, int64_t channels, int64_t inner, const void* input,
+                          const void* weight, const void* bias, const void* residual,
                           const void* mean,      // [channels]
                           const void* variance,  // [channels]
-                          void* output, int64_t outer, int64_t channels, int64_t inner, double eps, int kind,
-                          double parameter, cudaStream_t stream);
+                          void* output, double eps, int kind, double parameter, cudaStream_t stream);
 
 // Each gradient is null where it is not needed. training: mean and rstd are those of the input, else constants.
-void batch_norm_backward(int dtype, const void* grad_output, const void* input, const void* weight, const void* bias,
+void batch_norm_backward(int dtype, int64_t outer, int64_t channels, int64_t inner, const void* grad_output,
+                         const void* input, const void* weight, const void* bias,
                          const void* residual,  // of the forward, read if output is null
                          const void* output,    // where the activation's gradient is made of it, or null
                          const void* mean, const void* rstd,
@@ -128,17 +129,16 @@ void batch_norm_backward(int dtype, const void* grad_output, const void* input, 
                          void* grad_weight,    // [channels]
                          void* grad_bias,      // [channels]
                          void* grad_residual,  // [outer, channels, inner]
-                         bool training, int64_t outer, int64_t channels, int64_t inner, int kind, double parameter,
-                         void* workspace, cudaStream_t stream);
+                         bool training, int kind, double parameter, void* workspace, cudaStream_t stream);
 
 // For statistics over many devices: what each has to add, the mean and the sum of squared differences from it.
-void batch_norm_statistics(int dtype, const void* input, void* mean, void* squares, int64_t outer, int64_t channels,
-                           int64_t inner, void* workspace, cudaStream_t stream);
+void batch_norm_statistics(int dtype, int64_t outer, int64_t channels, int64_t inner, const void* input, void* mean,
+                           void* squares, void* workspace, cudaStream_t stream);
 
 // And the gradient of the input, from dz and its means over all devices: by itself, and times (input - mean) * rstd.
-void batch_norm_apply(int dtype, const void* grad_preactivation, const void* input, const void* weight,
-                      const void* mean, const void* rstd, const void* mean_gradient, const void* mean_product,
-                      void* grad_input, int64_t outer, int64_t channels, int64_t inner, cudaStream_t stream);
+void batch_norm_apply(int dtype, int64_t outer, int64_t channels, int64_t inner, const void* grad_preactivation,
+                      const void* input, const void* weight, const void* mean, const void* rstd,
+                      const void* mean_gradient, const void* mean_product, void* grad_input, cudaStream_t stream);
 
 size_t batch_norm_workspace(int dtype, int64_t outer, int64_t channels, int64_t inner);
 
