@@ -571,6 +571,37 @@ _CPU = _NativeLaunchers("cpu")
 _implement("cpu", lambda: _CPU)
 
 
+class _CudaLaunchers(_NativeLaunchers):
+    """The CUDA kernels' launchers: those that reduce take a workspace besides."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        launch = super().__getattr__(name)
+        if name not in ("batch_norm", "batch_norm_backward", "batch_norm_statistics"):
+            return launch
+
+        def launch_with_workspace(view: Shape3, first: Tensor, *arguments: Any) -> None:
+            size = _native.kernels("cuda").batch_norm_workspace(_native.DTYPE_CODES[first.dtype], *view)
+            launch(view, first, *arguments, torch.empty(size, dtype=torch.uint8, device=first.device))
+
+        return launch_with_workspace
+
+
+_CUDA = _CudaLaunchers("cuda")
+
+_implement("cuda", lambda: _CUDA)
+
+# ----------------------------------------------------------------------------------------------------------- triton
+
+
+def _triton() -> Any:
+    from fastdl.kernels import batch_norm
+
+    return batch_norm
+
+
+_implement("triton", _triton)
+
+
 # ---------------------------------------------------------------------------------------------------------- autograd
 
 
