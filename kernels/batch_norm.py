@@ -442,10 +442,10 @@ WHOLE_WARPS = 8
 TILE = {2: 2048, 4: 2048, 8: 1024}
 # Of a tile that stays in registers, for each operand.
 WHOLE_TILE = {2: 8192, 4: 8192, 8: 4096}
-# What a multiprocessor holds at once: 16 warps, of 64 or 96 bytes in flight a thread.
-PROGRAMS = 4
-# Programs a multiprocessor in all: so many that the last wave does not count.
-PROGRAMS_IN_ALL = 32
+# That a multiprocessor holds: each thread has 64 or 96 bytes in flight, so these are more than memory's latency asks.
+WARPS_AT_ONCE = 16
+# In all, for each multiprocessor: so many that the last wave does not count.
+PROGRAMS = 32
 # A reduction's program takes at least so many tiles, since it ends with work of its own.
 LEAST_STEPS = 4
 PARTIAL_BLOCK = 256
@@ -531,7 +531,7 @@ def choose_view(outer, channels, inner, element_size, operands):
 
 def partition(view, least, device):
     """(parts, steps of a part) of a view's blocks, to fill the device; a part has `least` steps or more."""
-    wanted = triton.cdiv(PROGRAMS_IN_ALL * device.multiprocessors, view.blocks)
+    wanted = triton.cdiv(PROGRAMS * device.multiprocessors, view.blocks)
     parts = max(min(wanted, view.steps // least, 65535), 1)
     part_steps = triton.cdiv(view.steps, parts)
     return triton.cdiv(view.steps, part_steps), part_steps
@@ -556,10 +556,11 @@ def _is_wide(view, *tensors):
     return aligned and view.columns % 16 == 0 and view.row_stride % 16 == 0
 
 
-def _launch(kernel, grid, arguments, constants, device, view, programs, *tensors):
+def _launch(kernel, grid, arguments, constants, device, view, *tensors):
     warps = WHOLE_WARPS if view.whole else WARPS
     access = 16 if tensors and not view.whole and _is_wide(view, *tensors) else 0
-    return Launch(kernel, grid, arguments, constants, device, warps, plan=Plan(programs, access_bytes=access))
+    plan = Plan(WARPS_AT_ONCE // warps, access_bytes=access)
+    return Launch(kernel, grid, arguments, constants, device, warps, plan=plan)
 
 
 def _reduction(view, like, numbers, device):
@@ -580,7 +581,7 @@ def statistics_launches(shape, input, mean, rstd, variance, eps, device=None, vi
     parts, part_steps, partial = _reduction(view, mean, 3, device)
     sizes, constants = _sizes(view, "width", "spread", "channel_stride", "steps")
     arguments = {"input": input, "partial": partial, **sizes, "part_steps": part_steps}
-    launches = [_launch(statistics_kernel, (view.blocks, parts), arguments, constants, device, view, PROGRAMS)]
+    launches = [_launch(statistics_kernel, (view.blocks, parts), arguments, constants, device, view)]
     if merged:
         arguments = {"input": input, "partial": partial, "mean": mean, "rstd": rstd, "variance": variance}
         arguments["channel_stride"] = view.channel_stride
@@ -602,7 +603,7 @@ def normalise_launch(
     }  # fmt: skip
     constants |= {"EPS": eps, "KIND": kind, "PARAMETER": compiled_parameter(kind, parameter), "BLOCK": PARTIAL_BLOCK}
     tensors = (input, residual, output)
-    return _launch(normalise_kernel, (view.blocks, parts), arguments, constants, device, view, PROGRAMS, *tensors)
+    return _launch(normalise_kernel, (view.blocks, parts), arguments, constants, device, view, *tensors)
 
 
 def forward_launches(
@@ -618,7 +619,7 @@ def forward_launches(
             "mean": mean, "rstd": rstd, "variance": variance, **sizes,
         }  # fmt: skip
         constants |= {"EPS": eps, "KIND": kind, "PARAMETER": compiled_parameter(kind, parameter)}
-        return [_launch(whole_kernel, (view.blocks,), arguments, constants, device, view, 1)]
+        return [_launch(whole_kernel, (view.blocks,), arguments, constants, device, view)]
     launches, partial, parts = statistics_launches(
         shape, input, mean, rstd, variance, eps, device, view, merged=not view.planes
     )
@@ -647,7 +648,7 @@ def input_gradient_launch(view, operands, grads, means, count, constants, device
     }  # fmt: skip
     constants = constants | tile | {"BLOCK": PARTIAL_BLOCK}
     tensors = (operands["grad_output"], operands["input"], operands["saved"], grads["grad_input"])
-    return _launch(input_gradient_kernel, (view.blocks, parts), arguments, constants, device, view, PROGRAMS, *tensors)
+    return _launch(input_gradient_kernel, (view.blocks, parts), arguments, constants, device, view, *tensors)
 
 
 def backward_launches(
@@ -669,7 +670,7 @@ def backward_launches(
     if view.whole and through:
         sizes, tile = _sizes(view)
         arguments = {**operands, **grads, "grad_residual": grad_residual, **sizes, "count": count}
-        return [_launch(whole_backward_kernel, (view.blocks,), arguments, constants | tile, device, view, 1)]
+        return [_launch(whole_backward_kernel, (view.blocks,), arguments, constants | tile, device, view)]
 
     sums = through or grad_weight is not None or grad_bias is not None
     parts, part_steps, partial = _reduction(view, mean, 2, device) if sums else (*partition(view, 1, device), None)
@@ -678,7 +679,7 @@ def backward_launches(
         **operands, "grad_input": None if training else grad_input, "grad_residual": grad_residual,
         "partial": partial, **sizes, "part_steps": part_steps,
     }  # fmt: skip
-    launches = [_launch(sums_kernel, (view.blocks, parts), arguments, constants | tile, device, view, PROGRAMS)]
+    launches = [_launch(sums_kernel, (view.blocks, parts), arguments, constants | tile, device, view)]
     if not sums:
         return launches
     means = {"mean_gradient": None, "mean_product": None}
