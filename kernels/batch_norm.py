@@ -441,7 +441,7 @@ WHOLE_WARPS = 8
 # take two registers an element.
 TILE = {2: 2048, 4: 2048, 8: 1024}
 # Of a tile that stays in registers, for each operand.
-WHOLE_TILE = {2: 8192, 4: 8192, 8: 4096}
+WHOLE_TILE = {2: 8192, 4: 8192, 8: 2048}
 # That a multiprocessor holds: each thread has 64 or 96 bytes in flight, so these are more than memory's latency asks.
 WARPS_AT_ONCE = 16
 # In all, for each multiprocessor: so many that the last wave does not count.
