@@ -190,6 +190,7 @@ template <class Value, class C, class Make>
 __device__ __forceinline__ Value merge_partial(const C* partial, int64_t parts, int64_t width, int64_t spread,
                                                int64_t channel, const Make& make) {
   Value value[1] = {};
+#pragma unroll 1  // it is mostly one step, and the kernels around it have no registers for more
   for (int64_t i = threadIdx.y; i < parts * spread; i += kThreads) {
     const int64_t part = spread == 1 ? i : i / spread;
     const C* from = partial + part * 2 * width + channel * spread + (i - part * spread);
