@@ -583,12 +583,14 @@ class _CudaLaunchers(_NativeLaunchers):
             size = _native.kernels("cuda").batch_norm_workspace(_native.DTYPE_CODES[first.dtype], *view)
             launch(view, first, *arguments, torch.empty(size, dtype=torch.uint8, device=first.device))
 
+        self.__dict__[name] = launch_with_workspace
         return launch_with_workspace
 
 
 _CUDA = _CudaLaunchers("cuda")
 
 _implement("cuda", lambda: _CUDA)
+
 
 # ----------------------------------------------------------------------------------------------------------- triton
 
