@@ -86,10 +86,18 @@ def sum_of(tile, PLANES: tl.constexpr):
 
 
 @triton.jit
-def origin_of(input, channel, channel_stride, COMPUTE: tl.constexpr):
-    """What is subtracted from a channel's values, so that their mean is rounded only once: one of them, if finite."""
-    value = tl.load(input + channel * channel_stride).to(COMPUTE)
+def finite(value):
+    """The value, or 0 for infinity and NaN: subtracted, they would hide what they are."""
     return tl.where(value - value == 0, value, 0.0)
+
+
+@triton.jit
+def origin_of(input, channel, channel_stride, middle, last, COMPUTE: tl.constexpr):
+    """What is subtracted from a channel's values, so that their mean is rounded only once: the middle of three of them,
+    which no outlier is."""
+    first = input + channel * channel_stride
+    a, b, c = tl.load(first).to(COMPUTE), tl.load(first + middle).to(COMPUTE), tl.load(first + last).to(COMPUTE)
+    return finite(tl.maximum(tl.minimum(a, b), tl.minimum(tl.maximum(a, b), c)))
 
 
 @triton.jit
@@ -215,7 +223,7 @@ def store_totals(grad_weight, grad_bias, channel, inside, gradient, product):
 
 @triton.jit
 def statistics_kernel(
-    input, partial, rows, columns, channels, width, row_stride, spread, channel_stride, steps, part_steps,
+    input, partial, rows, columns, channels, width, row_stride, spread, channel_stride, middle, last, steps, part_steps,
     PLANES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """partial (3, parts, width): of each channel or column the mean less its origin, sum of squares and count.
@@ -226,13 +234,13 @@ def statistics_kernel(
     COMPUTE: tl.constexpr = partial.dtype.element_ty
     block, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     position, inside, channel = channels_of(block, columns, spread, channels, PLANES, COLUMNS)
-    origin = origin_of(input, channel, channel_stride, COMPUTE)
+    origin = origin_of(input, channel, channel_stride, middle, last, COMPUTE)
     first = part * part_steps
     last = tl.minimum(first + part_steps, steps)
     offsets, mask = tile_at(first, block, rows, columns, row_stride, PLANES, ROWS, COLUMNS)
     x = tl.load(input + offsets, mask=mask, other=0.0).to(COMPUTE)
     size = block_size(first, first + 1, rows, columns, PLANES, ROWS, COLUMNS)
-    shift = sum_of(tl.where(mask, x - origin, 0.0), PLANES) / size
+    shift = finite(sum_of(tl.where(mask, x - origin, 0.0), PLANES) / size)
     sums, squares = tl.zeros((ROWS, COLUMNS), COMPUTE), tl.zeros((ROWS, COLUMNS), COMPUTE)
     for step in range(first, last):
         offsets, mask = tile_at(step, block, rows, columns, row_stride, PLANES, ROWS, COLUMNS)
@@ -253,7 +261,7 @@ def statistics_kernel(
 
 @triton.jit
 def finish_statistics_kernel(
-    input, partial, mean, rstd, variance, parts, width, spread, channel_stride,
+    input, partial, mean, rstd, variance, parts, width, spread, channel_stride, middle, last,
     EPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """mean, rstd and unbiased variance (channels,) from partial; or mean and, in variance, the sum of squares.
@@ -262,14 +270,14 @@ def finish_statistics_kernel(
     """
     channel = tl.program_id(0).to(tl.int64)
     count, shifted, squares = merge_moments(partial, channel, parts, width, spread, mean.dtype.element_ty, BLOCK)
-    origin = origin_of(input, channel, channel_stride, mean.dtype.element_ty)
+    origin = origin_of(input, channel, channel_stride, middle, last, mean.dtype.element_ty)
     store_statistics(mean, rstd, variance, channel, None, shifted + origin, squares, count, EPS)
 
 
 @triton.jit
 def normalise_kernel(
     input, weight, bias, residual, output, mean, rstd, variance, partial,
-    rows, columns, channels, width, row_stride, spread, channel_stride, parts, steps, part_steps,
+    rows, columns, channels, width, row_stride, spread, channel_stride, middle, last, parts, steps, part_steps,
     EPS: tl.constexpr, KIND: tl.constexpr, PARAMETER: tl.constexpr,
     PLANES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -284,7 +292,7 @@ def normalise_kernel(
     _, inside, channel = channels_of(block, columns, spread, channels, PLANES, COLUMNS)
     if partial is not None:
         count, shifted, squares = merge_moments(partial, block, parts, width, spread, COMPUTE, BLOCK)
-        own_mean = shifted + origin_of(input, channel, channel_stride, COMPUTE)
+        own_mean = shifted + origin_of(input, channel, channel_stride, middle, last, COMPUTE)
         own_rstd = store_statistics(
             mean, rstd, variance, channel, inside & (part == 0), own_mean, squares, count, EPS
         )  # fmt: skip
@@ -301,7 +309,7 @@ def normalise_kernel(
 @triton.jit
 def whole_kernel(
     input, weight, bias, residual, output, mean, rstd, variance,
-    rows, columns, channels, row_stride, channel_stride,
+    rows, columns, channels, row_stride, channel_stride, middle, last,
     EPS: tl.constexpr, KIND: tl.constexpr, PARAMETER: tl.constexpr,
     PLANES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -312,7 +320,7 @@ def whole_kernel(
     offsets, mask = tile_at(0, block, rows, columns, row_stride, PLANES, ROWS, COLUMNS)
     x = tl.load(input + offsets, mask=mask, other=0.0).to(COMPUTE)
     count = block_size(0, 1, rows, columns, PLANES, ROWS, COLUMNS)
-    origin = origin_of(input, channel, channel_stride, COMPUTE)
+    origin = origin_of(input, channel, channel_stride, middle, last, COMPUTE)
     shifted = sum_of(tl.where(mask, x - origin, 0.0), PLANES) / count
     difference = tl.where(mask, (x - origin) - shifted, 0.0)
     squares = sum_of(difference * difference, PLANES)
@@ -461,7 +469,9 @@ class View:
     channels: int
     row_stride: int
     spread: int  # columns of a channel that have partial results of their own
-    channel_stride: int  # elements between the first ones of neighbouring channels
+    channel_stride: int  # elements from a channel's first one to the next channel's, and to two others
+    middle: int
+    last: int
     tile_rows: int
     tile_columns: int
     whole: bool  # a block is one tile
@@ -510,9 +520,10 @@ def choose_view(outer, channels, inner, element_size, operands):
     elements, whole = TILE[element_size], WHOLE_TILE[element_size] // operands
 
     def view(planes, tile_rows, tile_columns, is_whole):
-        rest = (1, inner) if planes else (inner, inner)
-        columns = inner if planes else channels * inner
-        return View(planes, outer, columns, channels, channels * inner, *rest, tile_rows, tile_columns, is_whole)
+        columns, stride = inner if planes else channels * inner, channels * inner
+        origin = inner, outer // 2 * stride + inner // 2, (outer - 1) * stride + inner - 1
+        spread = 1 if planes else inner
+        return View(planes, outer, columns, channels, stride, spread, *origin, tile_rows, tile_columns, is_whole)
 
     if inner == 1:
         rows = _power_of_two(outer)
@@ -538,6 +549,9 @@ def partition(view, least, device):
 
 
 # ----------------------------------------------------------------------------------------------------------- launches
+
+
+ORIGIN = ("channel_stride", "middle", "last")
 
 
 def _view_of(shape, tensor, operands):
@@ -579,12 +593,12 @@ def statistics_launches(shape, input, mean, rstd, variance, eps, device=None, vi
     device = device or device_limits(input.device)
     view = view or _view_of(shape, input, 1)
     parts, part_steps, partial = _reduction(view, mean, 3, device)
-    sizes, constants = _sizes(view, "width", "spread", "channel_stride", "steps")
+    sizes, constants = _sizes(view, "width", "spread", *ORIGIN, "steps")
     arguments = {"input": input, "partial": partial, **sizes, "part_steps": part_steps}
     launches = [_launch(statistics_kernel, (view.blocks, parts), arguments, constants, device, view)]
     if merged:
         arguments = {"input": input, "partial": partial, "mean": mean, "rstd": rstd, "variance": variance}
-        arguments["channel_stride"] = view.channel_stride
+        arguments |= {name: getattr(view, name) for name in ORIGIN}
         launches.append(_finish(finish_statistics_kernel, view, parts, arguments, {"EPS": eps}, device))
     return launches, partial, parts
 
@@ -595,7 +609,7 @@ def normalise_launch(
 ):  # fmt: skip
     """The launch of normalise_kernel."""
     parts, part_steps = partition(view, 1, device)
-    sizes, constants = _sizes(view, "width", "spread", "channel_stride", "steps")
+    sizes, constants = _sizes(view, "width", "spread", *ORIGIN, "steps")
     arguments = {
         "input": input, "weight": weight, "bias": bias, "residual": residual, "output": output,
         "mean": mean, "rstd": rstd, "variance": variance, "partial": partial,
@@ -613,7 +627,7 @@ def forward_launches(
     device = device or device_limits(input.device)
     view = _view_of(shape, input, 1)
     if view.whole:
-        sizes, constants = _sizes(view, "channel_stride")
+        sizes, constants = _sizes(view, *ORIGIN)
         arguments = {
             "input": input, "weight": weight, "bias": bias, "residual": residual, "output": output,
             "mean": mean, "rstd": rstd, "variance": variance, **sizes,

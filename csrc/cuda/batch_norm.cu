@@ -20,9 +20,9 @@ constexpr int kUnroll = smooth ? 1 : (width > 1 ? 4 : 8) / operands;
 template <int width>
 constexpr int kKept = batch_norm_kept(width);
 
-// Blocks of kThreads that a multiprocessor holds at once. A lane takes registers for its parameters.
-template <int lanes, bool smooth = false>
-constexpr int kBlocks = lanes == 1 && !smooth ? 4 : 2;
+// Blocks of kThreads that a multiprocessor holds at once. Lanes and float64 take registers.
+template <class T, int lanes, bool smooth = false>
+constexpr int kBlocks = lanes == 1 && !smooth && sizeof(T) < 8 ? 4 : 2;
 
 // ---- Going over the array -------------------------------------------------------------------------------------------
 
@@ -42,6 +42,7 @@ struct Divider {
 // What kernels know of the plan.
 struct View {
   int64_t columns, column_stride, row_stride, spread, items;
+  int64_t channel_stride, middle, last;  // elements from a channel's first one to the next channel's, and to two others
   Divider row_items;
 
   // The offset of a column's item.
@@ -129,7 +130,7 @@ struct Moments {
     const C total = count + other.count;
     if (total == 0) return;
     const C share = other.count / total, delta = other.mean - mean;
-    mean += delta * share;
+    mean = mean * (count / total) + other.mean * share;  // not by delta: infinity stays what it is
     squares += other.squares + delta * delta * (count * share);
     count = total;
   }
@@ -302,16 +303,13 @@ __device__ __forceinline__ C finish(Moments<C>& moments, C shift, const Statisti
   return rstd;
 }
 
-// What is subtracted from a channel's values: one of them, where that is a number.
+// What is subtracted from a channel's values: the middle of three of them, which no outlier is.
 template <class T>
-__device__ __forceinline__ Compute<T> shift_of(const T* input, int64_t channel, int64_t inner) {
-  const Compute<T> first = widen(input[channel * inner]);
-  return first - first == 0 ? first : Compute<T>(0);
-}
-
-// Elements between the first ones of neighbouring channels.
-__device__ __forceinline__ int64_t channel_stride(const View& view, int lanes) {
-  return lanes == 1 ? view.column_stride : view.spread;
+__device__ __forceinline__ Compute<T> shift_of(const T* input, int64_t channel, const View& view) {
+  const T* values = input + channel * view.channel_stride;
+  const Compute<T> a = widen(values[0]), b = widen(values[view.middle]), c = widen(values[view.last]);
+  const Compute<T> median = std::fmax(std::fmin(a, b), std::fmin(std::fmax(a, b), c));
+  return median - median == 0 ? median : Compute<T>(0);  // infinity would hide where it is
 }
 
 // Adds a chunk of vectors: exact differences from its own mean, in registers.
@@ -350,7 +348,7 @@ __device__ __forceinline__ void load_shifts(Compute<T> (&shift)[lanes], const T*
 #pragma unroll
   for (int i = 0; i < lanes; ++i) {
     const int64_t channel = place.inside ? view.channel<lanes>(place.column, i) : 0;
-    shift[i] = shift_of(input, channel, channel_stride(view, lanes));
+    shift[i] = shift_of(input, channel, view);
   }
 }
 
@@ -380,7 +378,7 @@ __device__ __forceinline__ void normalise(const Layer<T>& layer, const Affine<Co
 
 // The moments of a part of each column.
 template <class T, int width, int lanes>
-__global__ void __launch_bounds__(kThreads, kBlocks<lanes>)
+__global__ void __launch_bounds__(kThreads, kBlocks<T, lanes>)
     statistics_kernel(View view, const T* input,
                       Compute<T>* partial,  // [parts, 2, columns * lanes]: means without shift, sums of squares
                       int64_t part) {
@@ -422,7 +420,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t channel = blockIdx.x;
   auto moments = merge_moments(partial, view, lanes, parts, part, elements, channel);
   const bool stores = threadIdx.y == 0;
-  const Compute<T> shift = shift_of(input, channel, channel_stride(view, lanes));
+  const Compute<T> shift = shift_of(input, channel, view);
   if (!squares) {
     finish(moments, shift, statistics, channel, stores);
   } else if (stores) {
@@ -433,7 +431,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // The output, from the statistics or, in planes, from the parts of each channel's moments.
 template <class T, int width, int lanes, bool smooth>
-__global__ void __launch_bounds__(kThreads, kBlocks<lanes, smooth>)
+__global__ void __launch_bounds__(kThreads, kBlocks<T, lanes, smooth>)
     normalise_kernel(Layer<T> layer, const T* residual, T* output, Statistics<Compute<T>> statistics,
                      const Compute<T>* partial, int64_t partial_parts, int64_t partial_part, int64_t part) {
   using C = Compute<T>;
@@ -443,7 +441,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<lanes, smooth>)
   Affine<C> affine[lanes];
   if (lanes == 1 && partial) {
     auto moments = merge_moments(partial, view, 1, partial_parts, partial_part, width, place.column);
-    const C shift = shift_of(layer.input, place.column, view.column_stride);
+    const C shift = shift_of(layer.input, place.column, view);
     const C rstd = finish(moments, shift, statistics, place.column, place.first == 0);
     affine[0] = Affine<C>(layer, place.column, moments.mean, rstd);
   } else {
@@ -559,7 +557,7 @@ __device__ __forceinline__ void load_affine(Affine<Compute<T>> (&affine)[lanes],
 
 // The sums of a part of each column, and what needs no sums.
 template <class T, int width, int lanes, bool smooth>
-__global__ void __launch_bounds__(kThreads, kBlocks<lanes, smooth>)
+__global__ void __launch_bounds__(kThreads, kBlocks<T, lanes, smooth>)
     sums_kernel(Layer<T> layer, Gradient<T> gradient,
                 T* grad_residual,     // dz, or null
                 T* grad_input,        // of constant statistics, or null
@@ -669,7 +667,7 @@ __device__ __forceinline__ void input_gradient(T* target, Compute<T> (&dz)[width
 
 // The gradient of the input from the totals or, in planes, from the parts of each channel's sums.
 template <class T, int width, int lanes, bool smooth>
-__global__ void __launch_bounds__(kThreads, kBlocks<lanes, smooth>)
+__global__ void __launch_bounds__(kThreads, kBlocks<T, lanes, smooth>)
     input_gradient_kernel(Layer<T> layer, Gradient<T> gradient, Totals<Compute<T>> totals, T* grad_input,
                           const Compute<T>* partial, int64_t partial_parts, int64_t part) {
   using C = Compute<T>;
@@ -774,10 +772,18 @@ int full_width(size_t element_bytes, bool is_aligned) {
   return is_aligned && element_bytes < 8 ? int(16 / element_bytes) : 1;
 }
 
-View view_of(const char* name, const BatchNormPlan& plan, int64_t channels, int64_t inner) {
+View view_of(const char* name, const BatchNormPlan& plan, int64_t outer, int64_t channels, int64_t inner) {
   require(plan.items < (int64_t(1) << 31), name, "vectors of a channel", plan.items, "less than 2^31");
-  return {plan.columns, plan.column_stride, channels * inner,
-          plan.spread,  plan.items,         Divider(uint32_t(plan.row_items))};
+  const int64_t row_stride = channels * inner;
+  return {plan.columns,
+          plan.column_stride,
+          row_stride,
+          plan.spread,
+          plan.items,
+          inner,
+          outer / 2 * row_stride + inner / 2,
+          (outer - 1) * row_stride + inner - 1,
+          Divider(uint32_t(plan.row_items))};
 }
 
 dim3 block_of(const BatchNormPlan& plan, int threads) {
@@ -886,7 +892,7 @@ void batch_norm(int dtype, int64_t outer, int64_t channels, int64_t inner, const
     using C = Compute<T>;
     const int full = full_width(sizeof(T), aligned(16, input, residual, output));
     BatchNormPlan plan = batch_norm_plan(full, outer, channels, inner, 1);
-    const View view = view_of(name, plan, channels, inner);
+    const View view = view_of(name, plan, outer, channels, inner);
     const Layer<T> layer = layer_of<T>(view, input, weight, bias, kind, parameter);
     const Statistics<C> statistics{static_cast<C*>(mean), static_cast<C*>(rstd), static_cast<C*>(variance), C(eps)};
     if (plan.whole && !is_smooth(kind)) {
@@ -911,7 +917,7 @@ void batch_norm_statistics(int dtype, int64_t outer, int64_t channels, int64_t i
   dispatch_dtype(name, dtype, [&]<class T>() {
     using C = Compute<T>;
     const BatchNormPlan plan = batch_norm_plan(full_width(sizeof(T), aligned(16, input)), outer, channels, inner, 1);
-    const View view = view_of(name, plan, channels, inner);
+    const View view = view_of(name, plan, outer, channels, inner);
     reduce_moments<T>(plan, view, input, workspace, stream);
     const Statistics<C> statistics{static_cast<C*>(mean), nullptr, nullptr, 0};
     finish_moments<T>(plan, view, input, workspace, statistics, static_cast<C*>(squares), channels, stream);
@@ -929,7 +935,7 @@ void batch_norm_inference(int dtype, int64_t outer, int64_t channels, int64_t in
     using C = Compute<T>;
     const int full = full_width(sizeof(T), aligned(16, input, residual, output));
     const BatchNormPlan plan = batch_norm_plan(full, outer, channels, inner, 1);
-    const View view = view_of(name, plan, channels, inner);
+    const View view = view_of(name, plan, outer, channels, inner);
     const Statistics<C> statistics{static_cast<C*>(const_cast<void*>(mean)), nullptr,
                                    static_cast<C*>(const_cast<void*>(variance)), C(eps)};
     normalise_all<T>(plan, layer_of<T>(view, input, weight, bias, kind, parameter), residual, output, statistics,
@@ -950,7 +956,7 @@ void batch_norm_backward(int dtype, int64_t outer, int64_t channels, int64_t inn
     const void* saved = kind == 0 ? nullptr : output ? output : residual;
     const int full = full_width(sizeof(T), aligned(16, grad_output, input, saved, grad_input, grad_residual));
     const BatchNormPlan plan = batch_norm_plan(full, outer, channels, inner, 2);
-    const View view = view_of(name, plan, channels, inner);
+    const View view = view_of(name, plan, outer, channels, inner);
     Layer<T> layer = layer_of<T>(view, input, weight, bias, kind, parameter);
     Gradient<T> gradient{static_cast<const T*>(grad_output), static_cast<const T*>(saved), output != nullptr,
                          static_cast<const C*>(mean), static_cast<const C*>(rstd)};
@@ -1009,7 +1015,7 @@ void batch_norm_apply(int dtype, int64_t outer, int64_t channels, int64_t inner,
     using C = Compute<T>;
     const int full = full_width(sizeof(T), aligned(16, grad_output, input, grad_input));
     const BatchNormPlan plan = batch_norm_plan(full, outer, channels, inner, 2);
-    const View view = view_of(name, plan, channels, inner);
+    const View view = view_of(name, plan, outer, channels, inner);
     const Gradient<T> gradient{static_cast<const T*>(grad_output), nullptr, false, static_cast<const C*>(mean),
                                static_cast<const C*>(rstd)};
     const Totals<C> totals{nullptr, nullptr, static_cast<C*>(const_cast<void*>(mean_gradient)),

@@ -187,7 +187,7 @@ def test_dtypes(dtype, shape):
     kernels.configure()
 
 
-SMALL = [(3, 5, 16), (40, 300, 1), (9, 8, 1001)]
+SMALL = [(3, 5, 16), (40, 300, 1)]
 
 
 @pytest.mark.parametrize("shape", SMALL)
@@ -229,7 +229,7 @@ def test_large_mean(shape):
 
 
 def test_outlier_first():
-    """The first value, which the others are measured from, may be far from them."""
+    """What the others are measured from is not that."""
     case = Case(emulation.load(), (5, 2, 8000), torch.float32, 0)
     case.input.tensor[:] = torch.randn(case.shape) + 1e4
     case.input.tensor[0, :, 0] = 0
@@ -241,13 +241,13 @@ def test_outlier_first():
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
 def test_special_values(value):
-    """They stay in their channel."""
+    """They stay in their channel, and the mean is as torch's."""
     for shape in ((4, 3, 16), (1100, 8, 1)):
         case = Case(emulation.load(), shape, torch.float32, 1)
         case.input.tensor[0, 1, 0] = value
         output, mean, rstd, variance = (result.tensor for result in case.forward())
         assert output[:, 1].isnan().all() and rstd[1].isnan() and variance[1].isnan()
-        assert not mean[1].isfinite()
+        torch.testing.assert_close(mean[1], case.input.tensor[:, 1].mean(), equal_nan=True)
         assert output[:, [0, 2]].isfinite().all()
 
 
