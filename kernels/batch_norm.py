@@ -455,7 +455,7 @@ WARPS_AT_ONCE = 16
 # In all, for each multiprocessor: so many that the last wave does not count.
 PROGRAMS = 32
 # A reduction's program takes at least so many tiles, since it ends with work of its own.
-LEAST_STEPS = 4
+LEAST_STEPS = 2
 PARTIAL_BLOCK = 256
 
 
