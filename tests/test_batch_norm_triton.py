@@ -79,4 +79,4 @@ def test_views():
 
 def test_few_channels_fill_the_device():
     view = kernels.choose_view(32, 3, 224 * 224, 2, 1)
-    assert view.blocks == 3 and kernels.partition(view, 4, H100)[0] * 3 > 8 * H100.multiprocessors
+    assert view.blocks == 3 and kernels.partition(view, kernels.LEAST_STEPS, H100)[0] * 3 > 8 * H100.multiprocessors

@@ -74,7 +74,6 @@ struct Place {
     first = start + threadIdx.y;
     end = inside ? min(view.items, start + part) : 0;
   }
-  __device__ __forceinline__ bool first_part() const { return first == threadIdx.y; }
 };
 
 // A vector in the registers that it fills: bfloat16 would come apart into one for each element.
