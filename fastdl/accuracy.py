@@ -20,14 +20,14 @@ def error(actual: Tensor, exact: Tensor) -> float:
     """The norm-wise relative error ||actual - exact|| / ||exact||; inf where NaN, infinity or shape disagree.
 
     Args:
-        actual: any floating dtype; exact: float64, of the same shape.
+        actual: any dtype; exact: float64, or integers, of the same shape.
     """
     if actual.shape != exact.shape:
         return math.inf
     if actual.numel() == 0:
         return 0.0
     actual = actual.detach().double()
-    exact = exact.detach().to(actual.device)
+    exact = exact.detach().to(actual.device, torch.float64)  # places are integers
     # Where the exact value is beyond the range of the dtype both must overflow alike; it says so by inf or NaN.
     special = ~torch.isfinite(exact) | ~torch.isfinite(actual)
     if bool(special.any()):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,9 +15,26 @@ from fastdl.dispatch import AUTO_ORDER, Op, Selection, UnsupportedError, is_plai
 from fastdl.ops import batch_norm as _batch_norm
 from fastdl.ops import conv as _conv
 from fastdl.ops import linear as _linear
+from fastdl.ops import pooling as _pooling
 from fastdl.ops.activation import ACTIVATION, ActivationFunction
 
-__all__ = ["batch_norm", "conv1d", "conv2d", "elu", "gelu", "leaky_relu", "linear", "relu", "sigmoid", "silu", "tanh"]
+__all__ = [
+    "adaptive_avg_pool2d",
+    "avg_pool2d",
+    "batch_norm",
+    "conv1d",
+    "conv2d",
+    "elu",
+    "fractional_max_pool2d",
+    "gelu",
+    "leaky_relu",
+    "linear",
+    "max_pool2d",
+    "relu",
+    "sigmoid",
+    "silu",
+    "tanh",
+]
 
 
 def batch_norm(
@@ -348,16 +365,7 @@ def _activation(name: str, input: Tensor, kind: int, parameter: float, inplace: 
         if requested not in ("auto", "torch"):
             raise UnsupportedError(f"fastdl.{name}: inplace is True, allowed on backend {requested!r}: False")
         return _IN_PLACE[name](input, parameter)
-    compiling = torch.compiler.is_compiling()
-    if not is_plain(compiling, input):
-        return _reference(ACTIVATION, requested, input, kind, parameter)  # type: ignore[no-any-return]
-    training = torch.is_grad_enabled() and input.requires_grad
-    selection = _select(ACTIVATION, requested, training, compiling, input, kind, parameter)
-    if selection is not None and selection.backend == "torch":
-        return activations.reference(input, kind, parameter)
-    if not training:
-        return ACTIVATION(requested, input, kind, parameter, selection=selection)  # type: ignore[no-any-return]
-    return ActivationFunction.apply(input, kind, parameter, requested, selection)  # type: ignore[no-any-return]
+    return _unary(ACTIVATION, ActivationFunction.apply, requested, input, kind, parameter)  # type: ignore[no-any-return]
 
 
 _IN_PLACE = {
@@ -368,13 +376,201 @@ _IN_PLACE = {
 }
 
 
+# ----------------------------------------------------------------------------------------------------------- pooling
+
+
+def max_pool2d(
+    input: Tensor,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] | None = None,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Any:
+    """The maximum of each window of an image; as :func:`torch.nn.functional.max_pool2d`.
+
+    The gradient goes to the first maximum of a window, and is the same in every run.
+
+    Args:
+        input: (N, C, H, W) or (C, H, W), any strides.
+        kernel_size, stride, padding, dilation: a number, or one for H and one for W; stride: kernel_size by default;
+            padding: at most half of kernel_size.
+        ceil_mode: whether a window may reach over the right and lower edge.
+        return_indices: whether to return where the maxima are too.
+
+    Returns:
+        (N, C, OH, OW) or (C, OH, OW), in the input's memory format; with return_indices also int64 places in H x W.
+
+    Raises:
+        TypeError: an argument that is not of its type.
+        RuntimeError: sizes that do not fit.
+        fastdl.UnsupportedError: a backend named by ``use_backend`` that can't do this call.
+    """
+    name, requested = "max_pool2d", state.requested
+    kernel_size = _pair(name, "kernel_size", kernel_size)
+    stride = _pair(name, "stride", kernel_size if stride is None else stride, kernel_size)
+    windows = kernel_size, stride, _pair(name, "padding", padding), _pair(name, "dilation", dilation), bool(ceil_mode)
+    plain = _pooling.MAX_POOL2D, _pooling.MAX_POOL2D_WITH_INDICES
+    # A gradient needs to know where the maxima are.
+    if not return_indices and not (isinstance(input, Tensor) and input.requires_grad and torch.is_grad_enabled()):
+        return _unary(plain[0], None, requested, input, *windows)
+    compact = not return_indices and kernel_size[0] * kernel_size[1] <= _pooling.COMPACT_WINDOW
+    result = _unary(
+        plain[1],
+        _pooling.MaxPool2dFunction.apply,
+        requested,
+        input,
+        *windows,
+        compact,
+        reference=lambda input, *_: F.max_pool2d(input, *windows, return_indices=return_indices),
+    )
+    return result[0] if isinstance(result, tuple) and not return_indices else result
+
+
+def avg_pool2d(
+    input: Tensor,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] | None = None,
+    padding: int | Sequence[int] = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> Tensor:
+    """The average of each window of an image; as :func:`torch.nn.functional.avg_pool2d`.
+
+    Args:
+        input: (N, C, H, W) or (C, H, W), any strides.
+        kernel_size, stride, padding, ceil_mode: as for :func:`max_pool2d`.
+        count_include_pad: whether the padding's zeros count.
+        divisor_override: by what to divide each window's sum, if not by its size.
+
+    Returns:
+        (N, C, OH, OW) or (C, OH, OW), in the input's memory format.
+
+    Raises:
+        As :func:`max_pool2d`.
+    """
+    name = "avg_pool2d"
+    kernel_size = _pair(name, "kernel_size", kernel_size)
+    stride = _pair(name, "stride", kernel_size if stride is None else stride, kernel_size)
+    windows = kernel_size, stride, _pair(name, "padding", padding), bool(ceil_mode), bool(count_include_pad)
+    return _unary(  # type: ignore[no-any-return]
+        _pooling.AVG_POOL2D, _pooling.AvgPool2dFunction.apply, state.requested, input, *windows, divisor_override
+    )
+
+
+def adaptive_avg_pool2d(input: Tensor, output_size: int | Sequence[int | None]) -> Tensor:
+    """Averages of OH x OW windows that cover an image; as :func:`torch.nn.functional.adaptive_avg_pool2d`.
+
+    Args:
+        input: (N, C, H, W) or (C, H, W), any strides.
+        output_size: a number, or one for H and one for W; None: the input's.
+
+    Returns:
+        (N, C, OH, OW) or (C, OH, OW), in the input's memory format.
+
+    Raises:
+        As :func:`max_pool2d`.
+    """
+    name = "adaptive_avg_pool2d"
+    if isinstance(output_size, Sequence) and isinstance(input, Tensor) and input.dim() >= 2:
+        if len(output_size) != 2:
+            raise RuntimeError(f"{name}: output_size is {tuple(output_size)}, allowed: a number or two")
+        output_size = [n if o is None else o for o, n in zip(output_size, input.shape[-2:], strict=True)]
+    size = _pair(name, "output_size", output_size)
+    return _unary(  # type: ignore[no-any-return]
+        _pooling.ADAPTIVE_AVG_POOL2D, _pooling.AdaptiveAvgPool2dFunction.apply, state.requested, input, size
+    )
+
+
+def fractional_max_pool2d(
+    input: Tensor,
+    kernel_size: int | Sequence[int],
+    output_size: int | Sequence[int] | None = None,
+    output_ratio: Sequence[float] | None = None,
+    return_indices: bool = False,
+    _random_samples: Tensor | None = None,
+) -> Any:
+    """The maximum of windows at random steps (Graham, 2014); as :func:`torch.nn.functional.fractional_max_pool2d`.
+
+    Args:
+        input: (N, C, H, W) or (C, H, W).
+        kernel_size: a number, or one for H and one for W.
+        output_size: OH and OW, a number or two; or instead
+        output_ratio: OH / H and OW / W.
+        return_indices: whether to return where the maxima are too.
+        _random_samples: (N, C, 2) in [0, 1); drawn as torch draws them if None.
+
+    Returns:
+        (N, C, OH, OW) or (C, OH, OW); with return_indices also int64 places in H x W.
+
+    Raises:
+        ValueError: neither output_size nor output_ratio.
+        As :func:`max_pool2d`.
+    """
+    name = "fractional_max_pool2d"
+    kernel_size = _pair(name, "kernel_size", kernel_size)
+    if not isinstance(input, Tensor) or input.dim() not in (3, 4):
+        _pooling.check_input(name, input)
+    if output_size is None:
+        if output_ratio is None:
+            raise ValueError(f"{name}: output_size and output_ratio are None, allowed: one of them")
+        if len(output_ratio) != 2:
+            raise ValueError(f"{name}: output_ratio is {tuple(output_ratio)}, allowed: two numbers")
+        output_size = [int(n * ratio) for n, ratio in zip(input.shape[-2:], output_ratio, strict=True)]
+    if _random_samples is None:
+        batch = 1 if input.dim() == 3 else input.shape[0]
+        _random_samples = torch.rand(batch, input.shape[-3], 2, dtype=input.dtype, device=input.device)
+    arguments = _random_samples, kernel_size, _pair(name, "output_size", output_size)
+    op, function = _pooling.FRACTIONAL_MAX_POOL2D, _pooling.FractionalMaxPool2dFunction.apply
+    result = _unary(op, function, state.requested, input, *arguments)
+    return result if return_indices else result[0]
+
+
+def _pair(name: str, argument: str, value: Any, empty: Sequence[int] = ()) -> Sequence[int]:
+    """A number, or a number for each axis, as two; an empty sequence, where torch takes one, is ``empty``."""
+    values = value if isinstance(value, Sequence) else (value,)
+    if not all(isinstance(v, int | torch.SymInt) for v in values):
+        raise TypeError(f"{name}: {argument} is {value!r}, allowed: a whole number or two")
+    if len(values) == 0 and len(empty) > 0:
+        return empty
+    if len(values) not in (1, 2):
+        raise RuntimeError(f"{name}: {argument} is {tuple(values)}, allowed: a number or two")
+    return [values[0], values[-1]]
+
+
 # ------------------------------------------------------------------------------------------- shared by all functions
 
 
-def _reference(op: Op, requested: str, *arguments: Any) -> Any:
+def _unary(
+    op: Op,
+    function: Callable[..., Any] | None,
+    requested: str,
+    input: Tensor,
+    *arguments: Any,
+    reference: Callable[..., Any] | None = None,
+) -> Any:
+    """A function of one tensor that may need a gradient: op(input, *arguments), by ``function`` where it does.
+
+    ``reference``: where torch itself does it otherwise than the op.
+    """
+    compiling = torch.compiler.is_compiling()
+    if not is_plain(compiling, input):
+        return _reference(op, requested, input, *arguments, reference=reference)
+    training = function is not None and torch.is_grad_enabled() and input.requires_grad
+    selection = _select(op, requested, training, compiling, input, *arguments)
+    if selection is not None and selection.backend == "torch":
+        return (reference or op.reference)(input, *arguments)
+    if not training or function is None:
+        return op(requested, input, *arguments, selection=selection)
+    return function(input, *arguments, requested, selection)
+
+
+def _reference(op: Op, requested: str, *arguments: Any, reference: Callable[..., Any] | None = None) -> Any:
     """Calls the reference for what is no kernel's business: see :func:`fastdl.dispatch.is_plain`."""
     _select_reference(op, requested, *arguments)
-    return op.reference(*arguments)
+    return (reference or op.reference)(*arguments)
 
 
 def _select_reference(op: Op, requested: str, *arguments: Any) -> Selection:

@@ -31,6 +31,10 @@ REPLACEMENTS: dict[type[Module], type[Module]] = {
     torch.nn.Tanh: nn.Tanh,
     torch.nn.GELU: nn.GELU,
     torch.nn.SiLU: nn.SiLU,
+    torch.nn.MaxPool2d: nn.MaxPool2d,
+    torch.nn.AvgPool2d: nn.AvgPool2d,
+    torch.nn.AdaptiveAvgPool2d: nn.AdaptiveAvgPool2d,
+    torch.nn.FractionalMaxPool2d: nn.FractionalMaxPool2d,
 }
 _MARK = "_fastdl_replaced"  # in the instance: what restore_layers may undo
 

@@ -112,6 +112,7 @@ void bind_cpu(py::module_& module) {
   bind_conv(module);
   bind_batch_norm(module);
   bind_linear(module);
+  bind_pooling(module);
 }
 
 }  // namespace fastdl

@@ -14,4 +14,7 @@ void channel_gradient(const ChannelGradientArguments&);
 void batch_norm(const BatchNormArguments&);
 void batch_norm_statistics(const BatchNormStatisticsArguments&);
 void batch_norm_backward(const BatchNormBackwardArguments&);
+void pooling(const PoolingArguments&);
+void fractional_pooling(const FractionalArguments&);
+void fractional_pooling_backward(const FractionalArguments&);
 }  // namespace fastdl::ISA

@@ -16,5 +16,8 @@ extern const Kernels kernels = {STRING(ISA),
                                 channel_gradient,
                                 batch_norm,
                                 batch_norm_statistics,
-                                batch_norm_backward};
+                                batch_norm_backward,
+                                pooling,
+                                fractional_pooling,
+                                fractional_pooling_backward};
 }

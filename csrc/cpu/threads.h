@@ -36,7 +36,20 @@ INLINE void for_share(int64_t count, int thread, int team, F f) {
 
 // One block a thread and slot, kept for the next call because fresh memory costs page faults. Kernels bound what they
 // ask for by slicing their work, so what is kept is bounded too.
-enum ScratchSlot { shared_panels, private_panels, chunk_sums, split_sums, column_sums, slot_count };
+enum ScratchSlot {
+  shared_panels,
+  private_panels,
+  chunk_sums,
+  split_sums,
+  column_sums,
+  pooling_values,
+  pooling_results,
+  pooling_codes,
+  pooling_runs,
+  pooling_windows,
+  pooling_divisors,
+  slot_count
+};
 struct ScratchBlock {
   void* data = nullptr;
   size_t bytes = 0;

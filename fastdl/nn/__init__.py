@@ -4,10 +4,13 @@ from fastdl.nn.activation import ELU, GELU, LeakyReLU, ReLU, Sigmoid, SiLU, Tanh
 from fastdl.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, BNReLU2d, SyncBatchNorm
 from fastdl.nn.conv import Conv1d, Conv2d, ConvReLU2d
 from fastdl.nn.linear import Linear, LinearReLU
+from fastdl.nn.pooling import AdaptiveAvgPool2d, AvgPool2d, FractionalMaxPool2d, MaxPool2d
 
 __all__ = [
     "ELU",
     "GELU",
+    "AdaptiveAvgPool2d",
+    "AvgPool2d",
     "BNReLU2d",
     "BatchNorm1d",
     "BatchNorm2d",
@@ -15,9 +18,11 @@ __all__ = [
     "Conv1d",
     "Conv2d",
     "ConvReLU2d",
+    "FractionalMaxPool2d",
     "LeakyReLU",
     "Linear",
     "LinearReLU",
+    "MaxPool2d",
     "ReLU",
     "SiLU",
     "Sigmoid",

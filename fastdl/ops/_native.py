@@ -34,16 +34,17 @@ def address(tensor: Tensor | None) -> int:
 
 def empty(shape: tuple[int, ...] | torch.Size, like: Tensor) -> Tensor:
     """An uninitialised contiguous tensor of ``like``'s dtype and device."""
-    return _advised(torch.empty(shape, dtype=like.dtype, device=like.device))
+    return huge_pages(torch.empty(shape, dtype=like.dtype, device=like.device))
 
 
 def empty_like(tensor: Tensor, memory_format: torch.memory_format) -> Tensor:
     """An uninitialised tensor of the same shape, dtype and device, in this memory format."""
-    return _advised(torch.empty_like(tensor, memory_format=memory_format))
+    return huge_pages(torch.empty_like(tensor, memory_format=memory_format))
 
 
-def _advised(output: Tensor) -> Tensor:
-    bytes_ = output.numel() * output.element_size()
-    if bytes_ >= _HUGE_PAGES_FROM and output.device.type == "cpu" and (native := dispatch.native()) is not None:
-        native.cpu.advise_huge_pages(output.data_ptr(), bytes_)
-    return output
+def huge_pages(fresh: Tensor) -> Tensor:
+    """A dense tensor that nothing has been written to, in huge pages if it is large."""
+    bytes_ = fresh.numel() * fresh.element_size()
+    if bytes_ >= _HUGE_PAGES_FROM and fresh.device.type == "cpu" and (native := dispatch.native()) is not None:
+        native.cpu.advise_huge_pages(fresh.data_ptr(), bytes_)
+    return fresh
