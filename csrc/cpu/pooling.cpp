@@ -25,6 +25,15 @@ INLINE CodeVector<S> load_codes(const C* p, int64_t n) {
     __builtin_memcpy(&codes, p, sizeof codes);
   else
     for (int64_t i = 0; i < n; i++) codes[i] = p[i];
+#if defined(__AVX2__)  // GCC would go step by step
+  if constexpr (sizeof(C) == 1 && sizeof(S) == 4) {
+#if defined(__AVX512F__)
+    return (CodeVector<S>)_mm512_cvtepu8_epi32((__m128i)codes);
+#else
+    return (CodeVector<S>)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128((int64_t)codes));
+#endif
+  }
+#endif
   return __builtin_convertvector(codes, CodeVector<S>);
 }
 template <class S, class C>
@@ -106,52 +115,88 @@ struct Geometry {
   double divisor;  // of every window, or 0
 };
 
-// Target (h, w) of channels c to c + n.
-template <int mode, bool with_codes, class T, class C, class U, class D>
-INLINE void point(const Image<T, C>& source, const Image<U, D>& target, const Geometry& g, int64_t h, int64_t w,
-                  int64_t c, int64_t n) {
+// One target of `vectors` vectors of channels from c on, n channels where that is less than a vector. All by value: as
+// stores may alias what is reached through a pointer, it would be loaded anew for every target.
+template <int mode, bool with_codes, int vectors, class T, class C, class U, class D>
+INLINE void point(const Image<T, C> source, const Image<U, D> target, const Geometry g, const Run row, const Run column,
+                  int64_t to, double divisor, int64_t c, int64_t n) {
   using S = Compute<std::remove_const_t<T>>;
-  const Run row = g.rows.runs[h], column = g.columns.runs[w];
-  const int64_t to = h * target.row + w * target.column + c, step = g.columns.step * source.column;
-  Vector<S> result = {};
-  CodeVector<S> codes = {};
-  if constexpr (mode == max_forward) {
-    result -= static_cast<S>(__builtin_inf());
-    codes += static_cast<TileCode<S>>(row.code + column.code);
-  }
-  for (int64_t i = 0; i < row.count; i++) {
-    const int64_t source_row = row.first + i * g.rows.step;
-    int64_t from = source_row * source.row + column.first * source.column + c;
-    int64_t code = row.code + i * g.rows.code_step + column.code;
-    Vector<S> sum = {};  // a row at a time: shorter sums round less
-    for (int64_t j = 0; j < column.count; j++, from += step, code += g.columns.code_step) {
-      Vector<S> x = load(source.values + from, n);
-      if constexpr (mode == max_forward) {
-        auto better = (x > result) | (x != x);
-        result = better ? x : result;
-        if constexpr (with_codes) codes = better ? CodeVector<S>{} + static_cast<TileCode<S>>(code) : codes;
-      } else if constexpr (mode == max_backward) {
-        sum += load_codes<S>(source.codes + from, n) == static_cast<TileCode<S>>(code) ? x : Vector<S>{};
-      } else if constexpr (mode == average_backward) {
-        sum += x * static_cast<S>(g.columns.divisors[column.first + j * g.columns.step]);
-      } else {
-        sum += x;
+  constexpr int width = lanes<S>;
+  const int64_t row_step = g.rows.step * source.row, column_step = g.columns.step * source.column;
+  Vector<S> result[vectors] = {};
+  CodeVector<S> codes[vectors] = {};
+  if constexpr (mode == max_forward)
+    for (int v = 0; v < vectors; v++) {
+      result[v] -= static_cast<S>(__builtin_inf());
+      codes[v] += static_cast<TileCode<S>>(row.code + column.code);
+    }
+  int64_t row_from = row.first * source.row + column.first * source.column + c, row_code = row.code + column.code;
+  for (int64_t i = 0; i < row.count; i++, row_from += row_step, row_code += g.rows.code_step) {
+    int64_t from = row_from, code = row_code;
+    Vector<S> sum[vectors] = {};  // a row at a time: shorter sums round less
+    for (int64_t j = 0; j < column.count; j++, from += column_step, code += g.columns.code_step) {
+      const auto code_ = CodeVector<S>{} + static_cast<TileCode<S>>(code);
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; v++) {
+        Vector<S> x = load(source.values + from + v * width, n);
+        if constexpr (mode == max_forward) {
+          auto better = (x > result[v]) | (x != x);
+          result[v] = better ? x : result[v];
+          if constexpr (with_codes) codes[v] = better ? code_ : codes[v];
+        } else if constexpr (mode == max_backward) {
+          sum[v] += load_codes<S>(source.codes + from + v * width, n) == code_ ? x : Vector<S>{};
+        } else if constexpr (mode == average_backward) {
+          sum[v] += x * static_cast<S>(g.columns.divisors[column.first + j * g.columns.step]);
+        } else {
+          sum[v] += x;
+        }
       }
     }
-    if constexpr (mode == average_backward) sum *= static_cast<S>(g.rows.divisors[source_row]);
-    if constexpr (mode != max_forward) result += sum;
+    for (int v = 0; v < vectors; v++) {
+      if constexpr (mode == average_backward) sum[v] *= static_cast<S>(g.rows.divisors[row.first + i * g.rows.step]);
+      if constexpr (mode != max_forward) result[v] += sum[v];
+    }
   }
-  if constexpr (mode == average_forward)
-    result /= static_cast<S>(g.divisor != 0 ? g.divisor : g.rows.divisors[h] * g.columns.divisors[w]);
-  store(target.values + to, result, n);
-  if constexpr (mode == max_forward && with_codes) store_codes<S>(target.codes + to, codes, n);
+  for (int v = 0; v < vectors; v++) {
+    if constexpr (mode == average_forward) result[v] /= static_cast<S>(divisor);
+    store(target.values + to + c + v * width, result[v], n);
+    if constexpr (mode == max_forward && with_codes) store_codes<S>(target.codes + to + c + v * width, codes[v], n);
+  }
+}
+
+// The targets [h0, h1) x [w0, w1).
+template <int mode, bool with_codes, class T, class C, class U, class D>
+__attribute__((noinline)) void area(const Image<T, C> source, const Image<U, D> target, const Geometry g, int64_t h0,
+                                    int64_t h1, int64_t w0, int64_t w1, int64_t channels) {
+  constexpr int width = lanes<Compute<std::remove_const_t<T>>>;
+  for (int64_t h = h0; h < h1; h++) {
+    const Run row = g.rows.runs[h];
+    for (int64_t w = w0; w < w1; w++) {
+      const Run column = g.columns.runs[w];
+      const int64_t to = h * target.row + w * target.column;
+      double divisor = g.divisor;
+      if (mode == average_forward && divisor == 0) divisor = g.rows.divisors[h] * g.columns.divisors[w];
+      auto some = [=](auto vectors, int64_t c, int64_t n) __attribute__((always_inline)) {
+        point<mode, with_codes, decltype(vectors)::value>(source, target, g, row, column, to, divisor, c, n);
+      };
+      if (channels < width) {
+        some(Constant<1>(), 0, channels);
+        continue;
+      }
+      int64_t c = 0;
+      for (; c + 4 * width <= channels; c += 4 * width) some(Constant<4>(), c, width);
+      for (; c + 2 * width <= channels; c += 2 * width) some(Constant<2>(), c, width);
+      for (; c + width <= channels; c += width) some(Constant<1>(), c, width);
+      // the last vector overlaps the one before: the same values once more
+      if (c < channels) some(Constant<1>(), channels - width, width);
+    }
+  }
 }
 
 constexpr int64_t elements_per_thread = 32768;  // starting a thread takes some microseconds
 
 template <int mode, bool with_codes, class T, class C>
 void channels_last(const PoolingArguments& a, const Geometry& g) {
-  constexpr int width = lanes<Compute<T>>;
   const Axis &rows = g.rows, &columns = g.columns;
   const int64_t channels = a.channels;
   const int64_t source_size = rows.sources * columns.sources * channels;
@@ -165,16 +210,7 @@ void channels_last(const PoolingArguments& a, const Geometry& g) {
                                      columns.sources * channels, channels};
       Image<T, C> target{static_cast<T*>(a.target) + image * target_size,
                          static_cast<C*>(a.target_codes) + image * target_size, columns.targets * channels, channels};
-      for (int64_t w = 0; w < columns.targets; w++) {
-        if (channels < width) {
-          point<mode, with_codes>(source, target, g, h, w, 0, channels);
-          continue;
-        }
-        int64_t c = 0;
-        for (; c + width <= channels; c += width) point<mode, with_codes>(source, target, g, h, w, c, width);
-        // the last vector overlaps the one before: the same values once more
-        if (c < channels) point<mode, with_codes>(source, target, g, h, w, channels - width, width);
-      }
+      area<mode, with_codes>(source, target, g, h, h + 1, 0, columns.targets, channels);
     });
   });
 }
@@ -295,8 +331,7 @@ void planar(const PoolingArguments& a, const Geometry& g) {
       S* results = values + from_size;
       Image<const S, const K> source{values - source_origin, codes - source_origin, from.columns * n, n};
       Image<S, K> target{results - target_origin, codes - target_origin, to.columns * n, n};
-      for (int64_t h = h0; h < h1; h++)
-        for (int64_t w = w0; w < w1; w++) point<mode, with_codes>(source, target, g, h, w, 0, n);
+      area<mode, with_codes>(source, target, g, h0, h1, w0, w1, n);
       from_tile<S, Vector<S>>(static_cast<T*>(a.target) + plane * target_size, target_size, count, to, columns.targets,
                               results, store_values);
       if constexpr (with_codes && mode == max_forward)
@@ -329,6 +364,22 @@ void plane_means(const PoolingArguments& a, double divisor) {
       S sum = 0;
       for (int i = 0; i < n; i++) sum += total[i];
       store(static_cast<T*>(a.target) + plane, Vector<S>{} + sum / static_cast<S>(divisor), 1);
+    });
+  });
+}
+
+// the gradient of a plane's mean: one value for all of it
+template <class T>
+void plane_means_backward(const PoolingArguments& a, double scale) {
+  using S = Compute<T>;
+  constexpr int n = lanes<S>;
+  const int64_t planes = a.batch * a.channels, size = a.rows.input * a.columns.input;
+  int64_t threads = min(a.threads, planes * size / elements_per_thread);
+  parallel(threads, [&](int thread, int team) {
+    for_share(planes, thread, team, [&](int64_t plane) {
+      Vector<S> value = Vector<S>{} + load(static_cast<const T*>(a.source) + plane, 1)[0] * static_cast<S>(scale);
+      T* to = static_cast<T*>(a.target) + plane * size;
+      for (int64_t i = 0; i < size; i += n) store(to + i, value, size - i);
     });
   });
 }
@@ -380,8 +431,11 @@ void pooling(const PoolingArguments& a) {
     fill_inputs(g.rows, a.rows, adaptive, positions, row_unit);
     fill_inputs(g.columns, a.columns, adaptive, positions, 1);
   }
-  const bool whole = a.rows.output == 1 && a.columns.output == 1 && !backward && !a.channels_last &&
-                     g.rows.runs[0].count == a.rows.input && g.columns.runs[0].count == a.columns.input;
+  // one window over all of a plane, whose elements lie one after the other
+  auto whole_axis = [&](const PoolingAxis& axis) {
+    return axis.output == 1 && (adaptive || (axis.padding == 0 && axis.kernel == axis.input));
+  };
+  const bool whole = !a.channels_last && whole_axis(a.rows) && whole_axis(a.columns);
   with_dtype(a.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     if (a.mode == max_forward) with_code_type<max_forward, T>(a, g);
@@ -390,13 +444,16 @@ void pooling(const PoolingArguments& a) {
       plane_means<T>(a, a.divisor != 0 ? a.divisor : g.rows.divisors[0] * g.columns.divisors[0]);
     else if (a.mode == average_forward)
       run<average_forward, false, T, uint8_t>(a, g);
-    if (a.mode == average_backward) run<average_backward, false, T, uint8_t>(a, g);
+    else if (a.mode == average_backward && whole)
+      plane_means_backward<T>(a, g.rows.divisors[0] * g.columns.divisors[0]);
+    else if (a.mode == average_backward)
+      run<average_backward, false, T, uint8_t>(a, g);
   });
 }
 
 // ---- fractional ----
 
-// f(values of a plane in the type that they are computed in): themselves, or a widened copy
+// a plane's values in the type that they are computed in: themselves, or a widened copy
 template <class T>
 static const Compute<T>* widened(const T* from, int64_t count) {
   using S = Compute<T>;
@@ -409,44 +466,42 @@ static const Compute<T>* widened(const T* from, int64_t count) {
   }
 }
 template <class T>
-static void narrowed(T* to, const Compute<T>* from, int64_t count) {
-  using S = Compute<T>;
-  if constexpr (!std::is_same_v<S, T>)
-    for (int64_t i = 0; i < count; i += lanes<S>) store(to + i, load(from + i, count - i), count - i);
-}
-
-template <class T>
 static void fractional_of(const FractionalArguments& a) {
   using S = Compute<T>;
+  constexpr int n = lanes<S>;
   const int64_t input_size = a.height * a.width, output_size = a.output_height * a.output_width;
   int64_t threads = min(a.threads, a.planes * output_size * a.kernel_height * a.kernel_width / elements_per_thread);
   parallel(threads, [&](int thread, int team) {
     for_share(a.planes, thread, team, [&](int64_t plane) {
       const S* values = widened(static_cast<const T*>(a.input) + plane * input_size, input_size);
       T* output = static_cast<T*>(a.output) + plane * output_size;
-      S* results;
-      if constexpr (std::is_same_v<S, T>)
-        results = output;
-      else
-        results = scratch<S>(pooling_results, output_size);
       int64_t* indices = a.indices + plane * output_size;
+      const int32_t *row_starts = a.row_starts + plane * a.output_height,
+                    *column_starts = a.column_starts + plane * a.output_width;
       for (int64_t h = 0; h < a.output_height; h++)
-        for (int64_t w = 0; w < a.output_width; w++) {
-          int64_t first = a.row_starts[plane * a.output_height + h] * a.width;
-          first += a.column_starts[plane * a.output_width + w];
-          S best = -static_cast<S>(__builtin_inf());
-          int64_t index = first;
+        for (int64_t w = 0; w < a.output_width; w += n) {
+          const int64_t count = min(n, a.output_width - w);
+          int32_t starts[n] = {};
+          for (int64_t l = 0; l < count; l++) starts[l] = column_starts[w + l];
+          CodeVector<S> first = {}, index;
+          for (int l = 0; l < n; l++) first[l] = starts[l];
+          first += static_cast<TileCode<S>>(row_starts[h] * a.width);
+          index = first;
+          Vector<S> best = Vector<S>{} - static_cast<S>(__builtin_inf());
           for (int64_t i = 0; i < a.kernel_height; i++)
             for (int64_t j = 0; j < a.kernel_width; j++) {
-              int64_t at = first + i * a.width + j;
-              bool better = values[at] > best || values[at] != values[at];
-              best = better ? values[at] : best;
-              index = better ? at : index;
+              const int64_t offset = i * a.width + j;
+              const S* at = values + row_starts[h] * a.width + offset;
+              Vector<S> x;
+#pragma GCC unroll 16
+              for (int l = 0; l < n; l++) x[l] = at[starts[l]];
+              auto better = (x > best) | (x != x);
+              best = better ? x : best;
+              index = better ? first + static_cast<TileCode<S>>(offset) : index;
             }
-          results[h * a.output_width + w] = best;
-          indices[h * a.output_width + w] = index;
+          store(output + h * a.output_width + w, best, count);
+          store_codes<S>(indices + h * a.output_width + w, index, count);
         }
-      narrowed(output, results, output_size);
     });
   });
 }
@@ -468,7 +523,9 @@ static void fractional_backward_of(const FractionalArguments& a) {
       __builtin_memset(results, 0, input_size * sizeof(S));
       const int64_t* indices = a.indices + plane * output_size;
       for (int64_t i = 0; i < output_size; i++) results[indices[i]] += values[i];
-      narrowed(grad_input, results, input_size);
+      if constexpr (!std::is_same_v<S, T>)
+        for (int64_t i = 0; i < input_size; i += lanes<S>)
+          store(grad_input + i, load(results + i, input_size - i), input_size - i);
     });
   });
 }
