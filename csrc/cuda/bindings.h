@@ -18,5 +18,6 @@ inline cudaStream_t stream(Address context) { return reinterpret_cast<cudaStream
 void bind_cuda_batch_norm(py::module_& module);
 void bind_cuda_conv(py::module_& module);
 void bind_cuda_linear(py::module_& module);
+void bind_cuda_pooling(py::module_& module);
 
 }  // namespace fastdl

@@ -182,6 +182,29 @@ size_t conv_backward_workspace(int dtype, const Strided& grad_output, const Stri
                                const Strided& grad_input, const Strided& grad_weight, void* grad_bias,
                                const Geometry& geometry, bool allow_tf32);
 
+// Windows over rows (0) and columns (1): o has positions o * stride - padding + k * dilation, k < kernel.
+struct MaxWindows {
+  int kernel[2], stride[2], padding[2], dilation[2];
+};
+
+// The maxima of windows of images [batch, channels, height, width], or [batch, height, width, channels] if
+// channels_last, as all arrays here.
+void max_pool2d(int dtype, const void* input,
+                void* output,     // of [output_height, output_width]
+                void* places,     // of the output's shape, or null
+                int place_bytes,  // 1: uint8, a maximum's place in its window, row by row; 8: in its plane; 0: none
+                int64_t batch, int64_t channels, int64_t height, int64_t width, int64_t output_height,
+                int64_t output_width, const MaxWindows& windows, bool channels_last, cudaStream_t stream);
+
+// grad_input = the sums of the gradients of the windows whose maximum an element is, the same in every run.
+void max_pool2d_backward(int dtype,
+                         const void* grad_output,  // of [output_height, output_width]
+                         const void* places,       // of the same shape
+                         int place_bytes,          // 1 or 8
+                         void* grad_input,         // of [height, width]
+                         int64_t batch, int64_t channels, int64_t height, int64_t width, int64_t output_height,
+                         int64_t output_width, const MaxWindows& windows, bool channels_last, cudaStream_t stream);
+
 std::vector<std::string> targets();  // architectures with machine code in this build
 std::string version();               // of the CUDA toolkit that built it
 int device_count();                  // 0 where there is no driver

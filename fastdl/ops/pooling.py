@@ -226,7 +226,9 @@ def _reference_fractional(
     )
 
 
-def _reference_fractional_backward(grad_output: Tensor, indices: Tensor, input_shape: Sequence[int]) -> Tensor:
+def _reference_fractional_backward(
+    grad_output: Tensor, indices: Tensor, random_samples: Tensor, input_shape: Sequence[int], kernel_size: Pair
+) -> Tensor:
     planes = (*input_shape[:-2], -1)
     flat = grad_output.new_zeros((*input_shape[:-2], math.prod(input_shape[-2:])))
     flat = flat.scatter_add(-1, indices.reshape(planes), grad_output.reshape(planes))
@@ -382,10 +384,11 @@ FRACTIONAL_MAX_POOL2D = Op(
     check=_check_fractional,
 )
 FRACTIONAL_MAX_POOL2D_BACKWARD = Op(
-    "fractional_max_pool2d_backward(Tensor grad_output, Tensor indices, SymInt[] input_shape, str backend) -> Tensor",
-    fake=lambda grad_output, indices, shape, _: grad_output.new_empty(shape),
+    "fractional_max_pool2d_backward(Tensor grad_output, Tensor indices, Tensor random_samples, SymInt[] input_shape, "
+    "int[2] kernel_size, str backend) -> Tensor",
+    fake=lambda grad_output, indices, samples, shape, *_: grad_output.new_empty(shape),
     reference=_reference_fractional_backward,
-    tensors=2,
+    tensors=3,
     multiple=accuracy.MULTIPLE,
 )
 
@@ -514,10 +517,16 @@ def _add(backend: str, kernels: Callable[[], Any], *, only_max: bool = False) ->
         return output, indices
 
     @FRACTIONAL_MAX_POOL2D_BACKWARD.implement(backend, Support(_native.FLOATING))
-    def fractional_max_pool2d_backward(grad_output: Tensor, indices: Tensor, input_shape: Sequence[int]) -> Tensor:
+    def fractional_max_pool2d_backward(
+        grad_output: Tensor, indices: Tensor, random_samples: Tensor, input_shape: Sequence[int], kernel_size: Pair
+    ) -> Tensor:
         grad_input = _allocated(input_shape, grad_output, False)
+        if grad_output.numel() == 0:
+            return grad_input.zero_()
         if grad_input.numel():
-            kernels().fractional_max_pool2d_backward(grad_output.contiguous(), indices.contiguous(), grad_input)
+            starts = window_starts(random_samples, input_shape[-2:], kernel_size, grad_output.shape[-2:])
+            dense = grad_output.contiguous(), indices.contiguous()
+            kernels().fractional_max_pool2d_backward(*dense, *starts, grad_input, kernel_size)
         return grad_input
 
 
@@ -571,8 +580,10 @@ class _Native:
         shapes = math.prod(input.shape[:-2]), input.shape[-2:], output.shape[-2:]
         self._call("fractional_max_pool2d", input, *addresses, *shapes, kernel_size)
 
-    def fractional_max_pool2d_backward(self, grad_output: Tensor, indices: Tensor, grad_input: Tensor) -> None:
-        """The gradient."""
+    def fractional_max_pool2d_backward(
+        self, grad_output: Tensor, indices: Tensor, rows: Tensor, columns: Tensor, grad_input: Tensor, kernel_size: Pair
+    ) -> None:
+        """The gradient: a thread has whole planes, so it need not know where windows are."""
         shapes = math.prod(grad_input.shape[:-2]), grad_input.shape[-2:], grad_output.shape[-2:]
         addresses = indices.data_ptr(), grad_input.data_ptr()
         self._call("fractional_max_pool2d_backward", grad_output, *addresses, *shapes)
@@ -702,14 +713,16 @@ class FractionalMaxPool2dFunction(torch.autograd.Function):
         output, indices = FRACTIONAL_MAX_POOL2D(requested, *arguments, selection=selection)
         ctx.mark_non_differentiable(indices)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(indices)
-        ctx.shape, ctx.requested = input.shape, requested
+        ctx.save_for_backward(indices, random_samples)
+        ctx.arguments = input.shape, kernel_size
+        ctx.requested = requested
         return output, indices
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-        (indices,) = ctx.saved_tensors
+        indices, random_samples = ctx.saved_tensors
         if grad_output is None:
             return (None,) * 6
-        grad = _gradient(FRACTIONAL_MAX_POOL2D_BACKWARD, ctx.requested, grad_output, indices, ctx.shape)
+        arguments = grad_output, indices, random_samples, *ctx.arguments
+        grad = _gradient(FRACTIONAL_MAX_POOL2D_BACKWARD, ctx.requested, *arguments)
         return grad, *(None,) * 5
