@@ -23,10 +23,8 @@ INF, NAN = float("inf"), float("nan")
 
 def pool(name, *arguments, **keywords):
     """(ours, torch's) of one function."""
-    return tuple(
-        lambda input, function=getattr(library, name): function(input, *arguments, **keywords)
-        for library in (functional, F)
-    )
+    ours, theirs = getattr(functional, name), getattr(F, name)
+    return (lambda input: ours(input, *arguments, **keywords)), (lambda input: theirs(input, *arguments, **keywords))
 
 
 def fractional(samples, *arguments):
@@ -97,20 +95,21 @@ DILATED = {
 }
 
 
-@pytest.mark.parametrize("dtype", FLOATING, ids=name_of)
-@pytest.mark.parametrize("windows", WINDOWS | DILATED)
+def every_dtype_of_some(windows):
+    """All windows in float32, a few in the other dtypes."""
+    some = ("3x3, stride 2, padding 1", "last one reaches over the edge", "dilated, stride 2")
+    return [(name, dtype) for name in windows for dtype in FLOATING if dtype == torch.float32 or name in some]
+
+
+@pytest.mark.parametrize(("windows", "dtype"), every_dtype_of_some(WINDOWS | DILATED), ids=name_of)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_max_pool2d(backend, windows, dtype):
     size, *arguments = (WINDOWS | DILATED)[windows]
     for shape, format in (((2, 3), torch.contiguous_format), ((2, 18), torch.channels_last)):
         x = image(*shape, *size, dtype=dtype, ties=True).contiguous(memory_format=format)
         check(backend, "max_pool2d", pool("max_pool2d", *arguments), x)
-        check(
-            backend,
-            "max_pool2d",
-            [lambda x, f=f: f(x)[0] for f in pool("max_pool2d", *arguments, return_indices=True)],
-            x,
-        )
+        both = pool("max_pool2d", *arguments, return_indices=True)
+        check(backend, "max_pool2d", [lambda input, f=f: f(input)[0] for f in both], x)
         with fastdl.use_backend(backend):
             output, indices = functional.max_pool2d(x.to(device_of(backend)), *arguments, return_indices=True)
             assert torch.equal(functional.max_pool2d(x.to(device_of(backend)), *arguments), output)
@@ -119,8 +118,7 @@ def test_max_pool2d(backend, windows, dtype):
         assert indices.dtype == torch.int64 and indices.stride() == expected_indices.stride()
 
 
-@pytest.mark.parametrize("dtype", FLOATING, ids=name_of)
-@pytest.mark.parametrize("windows", WINDOWS)
+@pytest.mark.parametrize(("windows", "dtype"), every_dtype_of_some(WINDOWS), ids=name_of)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_avg_pool2d(backend, windows, dtype):
     size, kernel, *rest = WINDOWS[windows]
@@ -164,7 +162,8 @@ def test_fractional_max_pool2d(backend, kernel, size, dtype):
         assert torch.equal(indices, expected[1]) and torch.equal(output, expected[0])
         exact = torch.zeros(2, 5, 63, dtype=torch.float64, device=grad.device)
         exact.scatter_add_(2, indices.flatten(2), grad_output.double().flatten(2))
-        torch.testing.assert_close(grad, exact.view(x.shape).to(dtype))
+        if backend != "torch" or dtype.itemsize > 2:  # torch adds in 16 bits
+            torch.testing.assert_close(grad, exact.view(x.shape).to(dtype))
         assert grad.stride() == torch.autograd.grad(expected[0], leaf, grad_output)[0].stride()
         if dtype in (torch.float32, torch.float64):
             check(backend, "fractional_max_pool2d", fractional(drawn, kernel, size), x)
@@ -173,15 +172,13 @@ def test_fractional_max_pool2d(backend, kernel, size, dtype):
 
 @pytest.mark.parametrize("dtype", FLOATING, ids=name_of)
 def test_windows_of_random_samples_are_torchs(dtype):
-    """A plane whose values rise shows where its windows end."""
-    for size, kernel, count in ((30, 3, 11), (301, 2, 290), (12, 5, 8)):
-        drawn = torch.rand(1, 40, 2).to(dtype).clamp(max=0.99)
-        x = torch.arange(size * size, dtype=torch.float64).view(1, 1, size, size).expand(1, 40, -1, -1)
-        if dtype.itemsize > 2:
-            indices = F.fractional_max_pool2d(x.to(dtype), kernel, count, None, True, drawn)[1][0]
-        else:  # a plane has too few values in 16 bits: with none at all, NaN's last place is the window's
-            nan = torch.full((1, 40, size, size), NAN, dtype=dtype)
-            indices = F.fractional_max_pool2d(nan, kernel, count, None, True, drawn)[1][0]
+    """Of NaNs the last one counts: its place is where a window ends."""
+    # In bfloat16 torch's windows leave a larger image, and it says so by an internal assertion.
+    sizes = [(12, 5, 8), (7, 7, 1), (20, 3, 9)] if dtype == torch.bfloat16 else [(30, 3, 11), (301, 2, 290), (12, 5, 8)]
+    for size, kernel, count in sizes:
+        drawn = (torch.rand(1, 40, 2) * 0.9).to(dtype)
+        image = torch.full((1, 40, size, size), NAN, dtype=dtype)
+        indices = F.fractional_max_pool2d(image, kernel, count, None, True, drawn)[1][0]
         rows, columns = pooling.window_starts(drawn, (size, size), (kernel, kernel), (count, count))
         ends = (rows + kernel - 1).unsqueeze(2) * size + (columns + kernel - 1).unsqueeze(1)
         assert torch.equal(ends.long(), indices)
@@ -308,7 +305,7 @@ def test_windows_without_any_element(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_window_too_large_for_a_byte(backend):
     x = image(2, 3, 20, 18, ties=True)
-    for kernel in (17, (20, 18)):
+    for kernel in (17, (20, 18)) if backend in ("torch", "cpu") else ((20, 18),):  # slow in the interpreter
         check(backend, "max_pool2d", pool("max_pool2d", kernel, 1), x)
         check(backend, "avg_pool2d", pool("avg_pool2d", kernel, 1), x)
 
@@ -324,9 +321,15 @@ def test_zero_batch(backend, name):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_empty_outputs(backend):
-    for shape, size in (((2, 3, 7, 8), 0), ((2, 3, 7, 8), (0, 4)), ((2, 0, 7, 8), 3), ((2, 0, 7, 8), 1)):
-        check(backend, "adaptive_avg_pool2d", pool("adaptive_avg_pool2d", size), torch.zeros(shape))
-    check(backend, "fractional_max_pool2d", fractional(torch.zeros(2, 3, 2), 2, (0, 4)), torch.zeros(2, 3, 7, 8))
+    cases = [((2, 3, 7, 8), 0), ((2, 3, 7, 8), (0, 4)), ((2, 0, 7, 8), 3), ((2, 0, 7, 8), 1)]
+    with fastdl.use_backend(backend):
+        for shape, size in cases if has("adaptive_avg_pool2d", backend) else []:
+            x = torch.zeros(shape, device=device_of(backend))
+            assert functional.adaptive_avg_pool2d(x, size).shape == F.adaptive_avg_pool2d(x, size).shape
+        if has("fractional_max_pool2d", backend):
+            leaf = torch.ones(2, 3, 7, 8, device=device_of(backend)).requires_grad_()
+            y = functional.fractional_max_pool2d(leaf, 2, (0, 4))
+            assert y.shape == (2, 3, 0, 4) and torch.autograd.grad(y.sum(), leaf)[0].eq(0).all()
 
 
 def test_the_mean_of_nothing_is_torchs():
@@ -358,7 +361,10 @@ def test_any_windows_on_the_cpu(shape, axes, ceil_mode, dtype, format):
     x = image(*shape, dtype=dtype, ties=True).contiguous(memory_format=format)
     check("cpu", "max_pool2d", pool("max_pool2d", kernel, stride, padding, dilation, ceil_mode), x)
     check("cpu", "adaptive_avg_pool2d", pool("adaptive_avg_pool2d", tuple(sizes)), x)
-    if min(pooling.output_size(*axis, 1, ceil_mode) for axis in zip(shape[2:], kernel, stride, padding)) > 0:
+    if (
+        min(pooling.output_size(*axis, 1, ceil_mode) for axis in zip(shape[2:], kernel, stride, padding, strict=True))
+        > 0
+    ):
         check("cpu", "avg_pool2d", pool("avg_pool2d", kernel, stride, padding, ceil_mode), x)
 
 
@@ -389,7 +395,9 @@ def test_every_instruction_set_of_this_processor(dtype):
 
 @pytest.mark.parametrize("backend", backends("cpu", "triton", "cuda"))
 def test_repeats_and_threads_give_the_same_bits(backend):
-    x = torch.randn(4, 33, 30, 31, device=device_of(backend)).requires_grad_()
+    # Large enough for threads on a CPU; the interpreter and the emulator take their time.
+    shape = (4, 33, 30, 31) if backend == "cpu" else (2, 3, 9, 31)
+    x = torch.randn(shape, device=device_of(backend)).requires_grad_()
     threads, results = torch.get_num_threads(), []
     try:
         for count in (1, 2, 2, 3):

@@ -11,6 +11,8 @@ namespace fastdl::cuda {
 namespace {
 
 constexpr int kThreads = 256;
+template <class T>
+constexpr T kInfinity = std::numeric_limits<T>::infinity();
 
 // Images of [height, width, channels]; the pooled ones of [output_height, output_width, channels].
 struct Images {
@@ -88,7 +90,7 @@ __global__ void __launch_bounds__(kThreads) max_kernel(const T* input,  // [imag
     int place[width];
 #pragma unroll
     for (int e = 0; e < width; ++e) {
-      best[e] = -std::numeric_limits<Compute<T>>::infinity();
+      best[e] = -kInfinity<Compute<T>>;
       place[e] = place_of(first_h, first_w);
     }
     for (int i = first_h; i < win.kernel[0]; ++i) {
