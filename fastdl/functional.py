@@ -423,9 +423,15 @@ def max_pool2d(
         input,
         *windows,
         compact,
-        reference=lambda input, *_: F.max_pool2d(input, *windows, return_indices=return_indices),
+        reference=_max_pool2d_of_torch if not return_indices else None,
     )
     return result[0] if isinstance(result, tuple) and not return_indices else result
+
+
+def _max_pool2d_of_torch(input: Tensor, *arguments: Any) -> Tensor:
+    """By torch, which keeps the places for its gradient itself."""
+    *windows, _ = arguments
+    return F.max_pool2d(input, *windows)  # type: ignore[no-any-return]
 
 
 def avg_pool2d(
@@ -460,7 +466,7 @@ def avg_pool2d(
     )
 
 
-def adaptive_avg_pool2d(input: Tensor, output_size: int | Sequence[int | None]) -> Tensor:
+def adaptive_avg_pool2d(input: Tensor, output_size: int | Sequence[int | None] | None) -> Tensor:
     """Averages of OH x OW windows that cover an image; as :func:`torch.nn.functional.adaptive_avg_pool2d`.
 
     Args:

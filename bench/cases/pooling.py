@@ -85,5 +85,4 @@ def _call(function: Callable[..., Tensor], arguments: tuple[Any, ...]) -> Callab
 def _inputs(
     generator: torch.Generator, shape: tuple[int, ...], dtype: torch.dtype, format: torch.memory_format
 ) -> dict[str, Tensor]:
-    # The same numbers in every dtype, so that every dtype has the same maxima: the gate compares with float64.
     return {"input": normal(generator, shape, dtype).contiguous(memory_format=format)}

@@ -55,7 +55,7 @@ class FractionalMaxPool2d(torch.nn.FractionalMaxPool2d):
             input,
             self.kernel_size,
             self.output_size,
-            self.output_ratio,
+            self.output_ratio,  # type: ignore[arg-type]  # the constructor makes it a pair
             self.return_indices,
-            _random_samples=self._random_samples,
+            _random_samples=self._random_samples,  # type: ignore[arg-type]  # a buffer
         )

@@ -180,7 +180,7 @@ def _reference_max_with_indices(
     compact: bool,
 ) -> tuple[Tensor, Tensor]:
     windows = kernel_size, stride, padding, dilation
-    output, indices = F.max_pool2d(input, *windows, ceil_mode, return_indices=True)
+    output, indices = torch.ops.aten.max_pool2d_with_indices(input, *windows, ceil_mode)
     return output, _places_in_windows(indices, input.shape[-1], *windows) if compact else indices
 
 
@@ -221,7 +221,7 @@ def _reference_adaptive_backward(grad_output: Tensor, input_shape: Sequence[int]
 def _reference_fractional(
     input: Tensor, random_samples: Tensor, kernel_size: Pair, size: Pair
 ) -> tuple[Tensor, Tensor]:
-    return F.fractional_max_pool2d_with_indices(  # type: ignore[no-any-return]
+    return F.fractional_max_pool2d_with_indices(
         input, list(kernel_size), list(size), _random_samples=random_samples
     )
 
@@ -422,12 +422,12 @@ def _add(backend: str, kernels: Callable[[], Any], *, only_max: bool = False) ->
 
     def with_indices(
         input: Tensor,
+        dtype: torch.dtype | None,
         kernel_size: Pair,
         stride: Pair,
         padding: Pair,
         dilation: Pair,
         ceil_mode: bool,
-        dtype: torch.dtype | None,
     ) -> tuple[Tensor, Tensor | None]:
         windows = kernel_size, stride, padding, dilation
         channels_last = suggests_channels_last(input)
@@ -440,12 +440,12 @@ def _add(backend: str, kernels: Callable[[], Any], *, only_max: bool = False) ->
 
     @MAX_POOL2D.implement(backend, Support(_native.FLOATING, _limit_max))
     def max_pool2d(input: Tensor, *windows: Any) -> Tensor:
-        return with_indices(input, *windows, None)[0]
+        return with_indices(input, None, *windows)[0]
 
     @MAX_POOL2D_WITH_INDICES.implement(backend, Support(_native.FLOATING, _limit_max))
-    def max_pool2d_with_indices(input: Tensor, *windows: Any) -> tuple[Tensor, Tensor | None]:
-        *windows, compact = windows
-        return with_indices(input, *windows, torch.uint8 if compact else torch.int64)
+    def max_pool2d_with_indices(input: Tensor, *arguments: Any) -> tuple[Tensor, Tensor | None]:
+        *windows, compact = arguments
+        return with_indices(input, torch.uint8 if compact else torch.int64, *windows)
 
     @MAX_POOL2D_BACKWARD.implement(backend, Support(_native.FLOATING))
     def max_pool2d_backward(

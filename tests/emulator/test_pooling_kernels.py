@@ -50,10 +50,8 @@ def test_max_pool2d(kernels, dtype, channels_last, case):
         assert output.untouched_around()
         assert torch.equal(output.tensor.double().nan_to_num(9), in_memory(expected.detach()).nan_to_num(9))
         for size, kind in ((1, torch.uint8), (8, torch.int64)):
-            places = torch.full((expected.numel() + 2,), 99, dtype=kind)
-            if size == 1:  # 16-byte aligned vectors of places as well
-                places = torch.full((expected.numel() + 32,), 99, dtype=kind)
-            start = -places.data_ptr() // size % (16 // size) if size == 1 else 0
+            places = torch.full((expected.numel() + 32,), 99, dtype=kind)
+            start = -places.data_ptr() // size % (16 // size)  # 16-byte aligned
             inside = places[start : start + expected.numel()]
             kernels.max_pool2d(code, input.address, output.address, inside.data_ptr(), size, *arguments)
             assert places[start + expected.numel() :].eq(99).all() and places[:start].eq(99).all()
