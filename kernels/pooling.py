@@ -637,8 +637,8 @@ def compile_targets(device, every=True):
             name = f"{str(dtype).removeprefix('torch.')} {format}"
             average = *windows, True, 0, device
             whole = (0, 0), (1, 1), (0, 0), True, 0, device
-            places = {"uint8": window_places, "int64": plane_places} if every else {"uint8": window_places}
-            for kind, indices in places.items():
+            kinds = {"uint8": window_places, "int64": plane_places} if every else {"uint8": window_places}
+            for kind, indices in kinds.items():
                 launches[f"max {kind} {name}"] = max_launch(
                     image, None, pooled, indices, last, *windows, (1, 1), device
                 )

@@ -69,30 +69,34 @@ def rows(model: torch.nn.Module, *example: Tensor) -> dict[str, fastdl.replace.L
 # ------------------------------------------------------------------------------------------- what changes, what stays
 
 
-# the constructor's arguments and the shape of 8 elements that a layer takes
-ARGUMENTS = {
+# The constructor's arguments and the input's shape; without arguments, for any shape, unless said here.
+EXAMPLES = {
     torch.nn.BatchNorm1d: ((4,), (2, 4)),
     torch.nn.BatchNorm2d: ((4,), (2, 4, 1, 1)),
     torch.nn.BatchNorm3d: ((4,), (2, 4, 1, 1, 1)),
     torch.nn.Conv1d: ((4, 3, 2), (1, 4, 2)),
     torch.nn.Conv2d: ((4, 3, (1, 2)), (1, 4, 1, 2)),
-    torch.nn.Linear: ((4, 3), (2, 4)),
     torch.nn.SyncBatchNorm: ((4,), (2, 4)),
+    torch.nn.Linear: ((4, 3), (2, 4)),
+    torch.nn.MaxPool2d: ((2,), (1, 2, 6, 6)),
+    torch.nn.AvgPool2d: ((2,), (1, 2, 6, 6)),
+    torch.nn.AdaptiveAvgPool2d: ((3,), (1, 2, 6, 6)),
+    torch.nn.FractionalMaxPool2d: ((2, 3, None, False, torch.rand(1, 2, 2)), (1, 2, 6, 6)),
 }
 
 
 @pytest.mark.parametrize("layer", REPLACEMENTS, ids=lambda layer: layer.__name__)
 def test_every_replacement_is_a_subclass_with_the_same_constructor_result(layer):
-    arguments, shape = ARGUMENTS.get(layer, ((), (2, 4)))
-    input = torch.linspace(-3, 3, 8).view(shape)
+    arguments, shape = EXAMPLES.get(layer, ((), (2, 4)))
+    x = torch.linspace(-3, 3, torch.Size(shape).numel()).view(shape)
     model = torch.nn.Sequential(layer(*arguments))
-    theirs = model(input)
+    theirs = model(x)
     assert fastdl.replace_layers(model) is model
     ours = model[0]
     assert type(ours) is REPLACEMENTS[layer] and isinstance(ours, layer) and type(ours) is not layer
     assert type(ours).forward is not layer.forward
     assert repr(ours) == repr(layer(*arguments))
-    torch.testing.assert_close(model(input), theirs)
+    torch.testing.assert_close(model(x), theirs)
 
 
 def test_layers_at_every_depth_are_replaced_in_place_and_others_are_not():
