@@ -221,9 +221,7 @@ def _reference_adaptive_backward(grad_output: Tensor, input_shape: Sequence[int]
 def _reference_fractional(
     input: Tensor, random_samples: Tensor, kernel_size: Pair, size: Pair
 ) -> tuple[Tensor, Tensor]:
-    return F.fractional_max_pool2d_with_indices(
-        input, list(kernel_size), list(size), _random_samples=random_samples
-    )
+    return F.fractional_max_pool2d_with_indices(input, list(kernel_size), list(size), _random_samples=random_samples)
 
 
 def _reference_fractional_backward(
