@@ -16,7 +16,7 @@ import fastdl
 from fastdl import Activation, activations, dispatch
 from fastdl.ops.conv import CONV
 
-BACKENDS = [p for p in backends() if p.values[0] == "torch" or p.values[0] in CONV.support]
+BACKENDS = backends()
 KERNELS = [p for p in BACKENDS if p.values[0] != "torch"]
 ACTIVATIONS = [
     "relu",
