@@ -14,7 +14,6 @@ from torch import nn
 
 import fastdl
 from fastdl import Activation, activations, dispatch
-from fastdl.ops.conv import CONV
 
 BACKENDS = backends()
 KERNELS = [p for p in BACKENDS if p.values[0] != "torch"]
