@@ -104,7 +104,7 @@ class Code:
     registers: int
     stack: int  # bytes a thread; 0 unless something spills or is indexed at run time
     spills: int  # loads from and stores to it
-    shared: int  # bytes a block, dynamic ones included where the launch states them
+    shared: int  # bytes a block, dynamic ones included
     threads: int  # a block
     blocks: int  # a multiprocessor holds at once
     matrix: dict[str, int] = field(default_factory=dict)  # matrix instructions, by name
@@ -331,6 +331,8 @@ def cuda_codes(target: Target, source: Path) -> dict[str, Code]:
             ptx, cubin = _built(source, headers, options) or _build(source, options, Path(folder))
             plans = read_ptx(ptx.read_text())
             found = {name: read | plans[name] for name, read in read_cubin(cubin).items() if name in plans}
+            for kernel in found.values():
+                kernel["shared"] += kernel.pop("dynamic_shared")
         _remember(path, found)
     names = dict(zip(found, _demangle(found), strict=True))
     return {
@@ -367,7 +369,7 @@ def _build(source: Path, options: list[str], folder: Path) -> tuple[Path, Path]:
 
 
 def read_ptx(ptx: str) -> dict[str, dict[str, Any]]:
-    """By kernel, the plan that its PTX states: __launch_bounds__, and whether it multiplies matrices."""
+    """By kernel, what its PTX states: __launch_bounds__, dynamic shared memory, and whether it multiplies matrices."""
     plans = {}
     for entry in re.split(r"^(?=\.visible \.entry |\.entry |\.weak \.entry )", ptx, flags=re.MULTILINE)[1:]:
         name = re.search(r"\.entry (\w+)", entry)
@@ -376,6 +378,7 @@ def read_ptx(ptx: str) -> dict[str, dict[str, Any]]:
         matrix = [
             instruction for ptx, instruction in PTX_MATRIX.items() if re.search(rf"^\s*{ptx}", entry, re.MULTILINE)
         ]
+        dynamic = re.search(r"// dynamic shared memory: (\d+) bytes", entry)
         count = 1
         for extent in threads.groups() if threads else ():
             count *= int(extent or 1)
@@ -383,6 +386,7 @@ def read_ptx(ptx: str) -> dict[str, dict[str, Any]]:
             "threads": count if threads else 1024,
             "planned_blocks": int(blocks[1]) if blocks else 1,
             "planned_matrix": matrix[0] if matrix else "",
+            "dynamic_shared": int(dynamic[1]) if dynamic else 0,
         }
     return plans
 

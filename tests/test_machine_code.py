@@ -101,12 +101,13 @@ ret;
 .maxntid 256
 .minnctapersm 2
 {
+	// dynamic shared memory: 4096 bytes
 	mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f1}, {%r1}, {%r2}, {%f1};
 }
 """
     plans = machine_code.read_ptx(ptx)
-    assert plans["plain"] == {"threads": 1024, "planned_blocks": 1, "planned_matrix": ""}
-    assert plans["bounded"] == {"threads": 256, "planned_blocks": 2, "planned_matrix": "HMMA"}
+    assert plans["plain"] == {"threads": 1024, "planned_blocks": 1, "planned_matrix": "", "dynamic_shared": 0}
+    assert plans["bounded"] == {"threads": 256, "planned_blocks": 2, "planned_matrix": "HMMA", "dynamic_shared": 4096}
 
 
 @pytest.mark.parametrize(

@@ -28,9 +28,10 @@
 
 // Shared memory, static and dynamic: FDL_SHARED(float, tile, [32][33]). A declaration promises its element's alignment
 // and no more: cp.async and ldmatrix need FDL_SHARED_ALIGNED(16, ...). The emulator gives each block an exact,
-// NaN-filled copy.
+// NaN-filled copy. Dynamic memory's declaration states a constant, the bytes that every launch gives it at least: the
+// PTX keeps it, to tell how many blocks a multiprocessor holds.
 #define FDL_SHARED(type, name, dimensions) FDL_SHARED_ALIGNED(alignof(type), type, name, dimensions)
-#define FDL_DYN_SHARED(type, name) FDL_DYN_SHARED_ALIGNED(16, type, name)
+#define FDL_DYN_SHARED(type, name, bytes) FDL_DYN_SHARED_ALIGNED(16, type, name, bytes)
 #ifdef FDL_EMULATE
 #define FDL_SHARED_ALIGNED(alignment, type, name, dimensions) \
   using name##_type = type dimensions;                        \
@@ -40,13 +41,15 @@
     static const char unique = 0; \
     return &unique;               \
   }()
-#define FDL_DYN_SHARED_ALIGNED(alignment, type, name) type* name = static_cast<type*>(::emu::dyn_shared(alignment))
+#define FDL_DYN_SHARED_ALIGNED(alignment, type, name, bytes) \
+  type* name = static_cast<type*>(::emu::dyn_shared(alignment, bytes))
 #else
 #define FDL_SHARED_ALIGNED(alignment, type, name, dimensions) \
   __shared__ __align__(alignment)                             \
   type name dimensions
-#define FDL_DYN_SHARED_ALIGNED(alignment, type, name)                 \
+#define FDL_DYN_SHARED_ALIGNED(alignment, type, name, bytes)          \
   extern __shared__ __align__(1024) unsigned char fdl_dynamic_smem[]; \
+  asm volatile("// dynamic shared memory: %0 bytes" ::"n"(bytes));    \
   type* name = reinterpret_cast<type*>(fdl_dynamic_smem)
 #endif
 

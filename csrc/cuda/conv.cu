@@ -144,7 +144,7 @@ void multiply(ConvProduct<T> product, int64_t groups, Call& call) {
                           std::max<int64_t>(1, ceil_div(epilogue.columns, int64_t(tile.columns)));
     require(tiles < (int64_t(1) << 31), call.name, "the number of tiles", tiles, "less than 2^31");
     const Shape shape(dim3(unsigned(tiles), unsigned(plan.splits), unsigned(groups)), dim3(tile.threads()),
-                      kPositionsAt<T, name> + kPositions<T, name> * sizeof(Position), call.stream);
+                      kSharedBytes<T, name>, call.stream);
     launch(conv_kernel<T, tensor_cores, name, result>, shape, product);
   });
   if (plan.splits == 1) return;

@@ -207,6 +207,9 @@ constexpr int kPositionsAt = shared_bytes(kTiles[int(name)], false, sizeof(Compu
 template <class T, TileName name>
 constexpr int kPositions = std::max(kTiles[int(name)].rows, 2 * kTiles[int(name)].depth_bytes / int(sizeof(T)));
 
+template <class T, TileName name>
+constexpr int kSharedBytes = kPositionsAt<T, name> + kPositions<T, name> * int(sizeof(Position));
+
 // Launches (tiles, splits, groups) blocks.
 template <class T, bool tensor_cores, TileName name, Convolution result>
 __global__ void __launch_bounds__(kTileThreads<name>, kResidentBlocks[int(name)])
@@ -218,7 +221,7 @@ __global__ void __launch_bounds__(kTileThreads<name>, kResidentBlocks[int(name)]
   constexpr Tile tile = kTiles[int(name)];
   constexpr int threads = kTileThreads<name>, stages = tile.stages, stage_bytes = StageA::kBytes + StageB::kBytes;
   constexpr int chunk_width = StageA::kWidth, depth_of_stage = StageA::kDepth;
-  FDL_DYN_SHARED(char, shared);
+  FDL_DYN_SHARED(char, shared, (kSharedBytes<T, name>));
   auto* positions = reinterpret_cast<Position*>(shared + kPositionsAt<T, name>);
   const auto& gather = product.gather;
   const auto& epilogue = product.epilogue;

@@ -516,7 +516,7 @@ __global__ void __launch_bounds__(kTileThreads<name>, kResidentBlocks[int(name)]
   constexpr int threads = kTileThreads<name>, stages = tile.stages;
   constexpr bool by_elements = tile.flexible && layout_a == Layout::depth && layout_b == Layout::depth;
   constexpr bool can_sum_rows = tile.flexible || layout_a == Layout::rows;
-  FDL_DYN_SHARED(char, shared);
+  FDL_DYN_SHARED(char, shared, shared_bytes(tile, false, sizeof(Compute<T>)));
   const auto& epilogue = product.epilogue;
 
   const TilePlace<name> first(epilogue.rows);

@@ -161,7 +161,7 @@ __global__ void __launch_bounds__(Plan::kThreads, 1) matmul_kernel(
     const __grid_constant__ Epilogue<T> epilogue, int K) {
 #if defined(FDL_EMULATE) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using Memory = Shared<T, Plan>;
-  FDL_DYN_SHARED_ALIGNED(1024, Memory, shared);
+  FDL_DYN_SHARED_ALIGNED(1024, Memory, shared, sizeof(Memory));
   constexpr int cluster = Plan::kCluster;
   const int warp = __shfl_sync(0xffffffffu, int(threadIdx.x) / 32, 0);  // uniform, and the compiler knows
   const int lane = threadIdx.x % 32, warpgroup = warp / 4, rank = cluster > 1 ? int(cluster_rank()) : 0;

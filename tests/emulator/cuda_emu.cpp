@@ -700,9 +700,11 @@ void* shared_array(const void* key, size_t size, size_t alignment) {
   return data;
 }
 
-void* dyn_shared(size_t alignment) {  // allocated at its declaration, aligned as that promises
+void* dyn_shared(size_t alignment, size_t stated) {  // allocated at its declaration, aligned as that promises
   Block& block = *current->block;
-  if (!dynamic_bytes) fail("kernel uses dynamic shared memory but was launched with 0 bytes");
+  if (!dynamic_bytes || dynamic_bytes < stated) {
+    fail("kernel states %zu bytes of dynamic shared memory but was launched with %zu", stated, dynamic_bytes);
+  }
   if (!block.dynamic) block.dynamic = add_shared(block, nullptr, dynamic_bytes, alignment);
   tsan_acquire(&allocation_sync);
   return block.dynamic;

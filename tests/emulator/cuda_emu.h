@@ -92,7 +92,7 @@ void fence();
 
 // ---- Shared memory --------------------------------------------------------------------------------------------------
 void* shared_array(const void* key, size_t bytes, size_t alignment);
-void* dyn_shared(size_t alignment);
+void* dyn_shared(size_t alignment, size_t stated);
 bool in_shared(const void* address, size_t bytes);
 template <class T>
 inline T* shared_ref(size_t alignment, const void* key) {

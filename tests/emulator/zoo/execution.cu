@@ -70,7 +70,7 @@ __global__ void shared_dimension(int* out, int row) {  // past a dimension, with
 }
 
 __global__ void dynamic_shared_index(int* out, int index) {
-  FDL_DYN_SHARED(int, shared);
+  FDL_DYN_SHARED(int, shared, sizeof(int));
   shared[index] = 1;
   out[0] = 1;
 }
