@@ -42,6 +42,11 @@ def empty_like(tensor: Tensor, memory_format: torch.memory_format) -> Tensor:
     return huge_pages(torch.empty_like(tensor, memory_format=memory_format))
 
 
+def workspace(bytes_: int, like: Tensor) -> Tensor | None:
+    """Uninitialised memory for a kernel on ``like``'s device, or None for 0 bytes."""
+    return torch.empty(bytes_, dtype=torch.uint8, device=like.device) if bytes_ else None
+
+
 def huge_pages(fresh: Tensor) -> Tensor:
     """A dense tensor that nothing has been written to, in huge pages if it is large."""
     bytes_ = fresh.numel() * fresh.element_size()

@@ -581,7 +581,7 @@ class _CudaLaunchers(_NativeLaunchers):
 
         def launch_with_workspace(view: Shape3, first: Tensor, *arguments: Any) -> None:
             size = _native.kernels("cuda").batch_norm_workspace(_native.DTYPE_CODES[first.dtype], *view)
-            launch(view, first, *arguments, torch.empty(size, dtype=torch.uint8, device=first.device))
+            launch(view, first, *arguments, _native.workspace(size, first))
 
         self.__dict__[name] = launch_with_workspace
         return launch_with_workspace

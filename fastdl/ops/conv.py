@@ -669,10 +669,6 @@ _add("triton", _triton_forward, _triton_backward)
 # --------------------------------------------------------------------------------------------------------------- cuda
 
 
-def _workspace(size: int, like: Tensor) -> Tensor | None:
-    return torch.empty(size, dtype=torch.uint8, device=like.device) if size else None
-
-
 def _strided(tensor: Tensor) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
     """A tensor as the CUDA kernels take it."""
     return tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
@@ -719,7 +715,7 @@ def _cuda_forward(
     kernels, dtype = _native.kernels("cuda"), _native.DTYPE_CODES[input.dtype]
     x, w, out = _strided(input), _strided(weight), _strided(y)
     geometry = (stride, padding, dilation, groups)
-    workspace = _workspace(kernels.conv_workspace(dtype, x, w, out, *geometry, tf32), input)
+    workspace = _native.workspace(kernels.conv_workspace(dtype, x, w, out, *geometry, tf32), input)
     kernels.conv(
         dtype,
         x,
@@ -782,7 +778,7 @@ def _cuda_backward(
         groups,
         tf32,
     )
-    workspace = _workspace(kernels.conv_backward_workspace(*arguments), grad_output)
+    workspace = _native.workspace(kernels.conv_backward_workspace(*arguments), grad_output)
     kernels.conv_backward(*arguments, _native.address(workspace), _native.context(grad_output))
     return [gradient for gradient in (*wanted, grad_bias) if gradient is not None]
 

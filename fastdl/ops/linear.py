@@ -157,6 +157,49 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.dim() == 2 else tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
+def _add(backend: str, forward: Any, backward: Any) -> None:
+    """Adds a backend that has the forward and the backward of matrices that are not empty."""
+
+    def run(
+        input: Tensor, weight: Tensor, bias: Tensor | None, kind: int, parameter: float, preactivation: bool
+    ) -> tuple[Tensor, Any]:
+        shape = (*input.shape[:-1], weight.shape[0])
+        if 0 in shape:
+            return input.new_empty(shape), input.new_empty(shape)
+        bias = None if bias is None else bias.contiguous()
+        y, z = forward(_rows(input), weight, bias, kind, parameter, preactivation)
+        return y.view(shape), None if z is None else z.view(shape)
+
+    @LINEAR.implement(backend, Support(_native.FLOATING, _limit))
+    def linear(input: Tensor, weight: Tensor, bias: Tensor | None, kind: int, parameter: float) -> Tensor:
+        return run(input, weight, bias, kind, parameter, False)[0]
+
+    @LINEAR_WITH_PREACTIVATION.implement(backend, Support(_native.FLOATING, _limit_with_preactivation))
+    def linear_with_preactivation(
+        input: Tensor, weight: Tensor, bias: Tensor | None, kind: int, parameter: float
+    ) -> tuple[Tensor, Tensor]:
+        return run(input, weight, bias, kind, parameter, True)
+
+    @LINEAR_BACKWARD.implement(backend, Support(_native.FLOATING))
+    def linear_backward(
+        grad_output: Tensor,
+        input: Tensor | None,
+        weight: Tensor | None,
+        saved: Tensor | None,
+        kind: int,
+        parameter: float,
+        bias: bool,
+    ) -> list[Tensor]:
+        if grad_output.numel() == 0:
+            return reference_backward(grad_output, input, weight, saved, kind, parameter, bias)
+        x = None if input is None else _rows(input)
+        rows = None if saved is None else _rows(saved)
+        gradients: list[Tensor] = backward(_rows(grad_output), x, weight, rows, kind, parameter, bias)
+        if weight is not None:
+            gradients[0] = gradients[0].view(*grad_output.shape[:-1], weight.shape[1])
+        return gradients
+
+
 # ---------------------------------------------------------------------------------------------------------------- cpu
 
 
@@ -299,7 +342,7 @@ def activation_and_bias_gradient(
     m, n = grad.shape
     dz = grad if saved is None else _native.empty((m, n), grad)
     grad_bias = grad.new_empty(n) if bias else None
-    workspace = _workspace(kernels.bias_activation_backward_workspace(m, n) if bias else 0, grad)
+    workspace = _native.workspace(kernels.bias_activation_backward_workspace(m, n) if bias else 0, grad)
     kernels.bias_activation_backward(
         _native.DTYPE_CODES[grad.dtype],
         grad.data_ptr(),
@@ -316,52 +359,7 @@ def activation_and_bias_gradient(
     return dz, grad_bias
 
 
-def _workspace(size: int, like: Tensor) -> Tensor | None:
-    return torch.empty(size, dtype=torch.uint8, device=like.device) if size else None
-
-
-def _add_native(backend: str, forward: Any, backward: Any) -> None:
-    def run(
-        input: Tensor, weight: Tensor, bias: Tensor | None, kind: int, parameter: float, preactivation: bool
-    ) -> tuple[Tensor, Any]:
-        shape = (*input.shape[:-1], weight.shape[0])
-        if 0 in shape:
-            return input.new_empty(shape), input.new_empty(shape)
-        bias = None if bias is None else bias.contiguous()
-        y, z = forward(_rows(input), weight, bias, kind, parameter, preactivation)
-        return y.view(shape), None if z is None else z.view(shape)
-
-    @LINEAR.implement(backend, Support(_native.FLOATING, _limit))
-    def linear(input: Tensor, weight: Tensor, bias: Tensor | None, kind: int, parameter: float) -> Tensor:
-        return run(input, weight, bias, kind, parameter, False)[0]
-
-    @LINEAR_WITH_PREACTIVATION.implement(backend, Support(_native.FLOATING, _limit_with_preactivation))
-    def linear_with_preactivation(
-        input: Tensor, weight: Tensor, bias: Tensor | None, kind: int, parameter: float
-    ) -> tuple[Tensor, Tensor]:
-        return run(input, weight, bias, kind, parameter, True)
-
-    @LINEAR_BACKWARD.implement(backend, Support(_native.FLOATING))
-    def linear_backward(
-        grad_output: Tensor,
-        input: Tensor | None,
-        weight: Tensor | None,
-        saved: Tensor | None,
-        kind: int,
-        parameter: float,
-        bias: bool,
-    ) -> list[Tensor]:
-        if grad_output.numel() == 0:
-            return reference_backward(grad_output, input, weight, saved, kind, parameter, bias)
-        x = None if input is None else _rows(input)
-        rows = None if saved is None else _rows(saved)
-        gradients: list[Tensor] = backward(_rows(grad_output), x, weight, rows, kind, parameter, bias)
-        if weight is not None:
-            gradients[0] = gradients[0].view(*grad_output.shape[:-1], weight.shape[1])
-        return gradients
-
-
-_add_native("cpu", _cpu_forward, _cpu_backward)
+_add("cpu", _cpu_forward, _cpu_backward)
 
 
 # --------------------------------------------------------------------------------------------------------------- cuda
@@ -454,7 +452,7 @@ def cuda_backward(
         k = weight.shape[1]
         grad_input = grad.new_empty((m, k))
         if k:
-            workspace = _workspace(kernels.linear_workspace(1, dtype, m, n, k, 0, True), grad)
+            workspace = _native.workspace(kernels.linear_workspace(1, dtype, m, n, k, 0, True), grad)
             kernels.linear_input_gradient(
                 dtype,
                 grad.data_ptr(),
@@ -477,7 +475,7 @@ def cuda_backward(
     sums = grad.new_empty(n) if bias and grad_bias is None else None
     grad_weight = grad.new_empty((n, k))
     if k or sums is not None:
-        workspace = _workspace(kernels.linear_workspace(2, dtype, m, n, k, 0, True), grad)
+        workspace = _native.workspace(kernels.linear_workspace(2, dtype, m, n, k, 0, True), grad)
         kernels.linear_weight_gradient(
             dtype,
             grad.data_ptr(),
@@ -503,7 +501,7 @@ def cuda_backward(
     return gradients if grad_bias is None else [*gradients, grad_bias]
 
 
-_add_native("cuda", cuda_forward, cuda_backward)
+_add("cuda", cuda_forward, cuda_backward)
 
 
 # ----------------------------------------------------------------------------------------------------------- triton
@@ -514,38 +512,19 @@ def _allow_tf32() -> bool:
 
 
 def _triton_forward(
-    input: Tensor, weight: Tensor, bias: Tensor | None, kind: int, parameter: float, preactivation: bool
+    x: Tensor, weight: Tensor, bias: Tensor | None, kind: int, parameter: float, preactivation: bool
 ) -> tuple[Tensor, Tensor | None]:
     from fastdl.kernels import linear as kernels
 
-    x = _rows(input)
-    shape = (*input.shape[:-1], weight.shape[0])
-    output = input.new_empty(shape)
-    z = input.new_empty(shape) if preactivation else None
-    if output.numel():
-        bias = None if bias is None else bias.contiguous()
-        kernels.linear(
-            x, weight, bias, _rows(output), None if z is None else _rows(z), kind, parameter, allow_tf32=_allow_tf32()
-        )
-    return output, z
+    y = x.new_empty((x.shape[0], weight.shape[0]))
+    z = torch.empty_like(y) if preactivation else None
+    kernels.linear(x, weight, bias, y, z, kind, parameter, allow_tf32=_allow_tf32())
+    return y, z
 
 
-@LINEAR.implement("triton", Support(_native.FLOATING, _limit))
-def _linear_triton(input: Tensor, weight: Tensor, bias: Tensor | None, kind: int, parameter: float) -> Tensor:
-    return _triton_forward(input, weight, bias, kind, parameter, False)[0]
-
-
-@LINEAR_WITH_PREACTIVATION.implement("triton", Support(_native.FLOATING, _limit_with_preactivation))
-def _linear_with_preactivation_triton(
-    input: Tensor, weight: Tensor, bias: Tensor | None, kind: int, parameter: float
-) -> tuple[Tensor, Tensor | None]:
-    return _triton_forward(input, weight, bias, kind, parameter, True)
-
-
-@LINEAR_BACKWARD.implement("triton", Support(_native.FLOATING))
-def _linear_backward_triton(
-    grad_output: Tensor,
-    input: Tensor | None,
+def _triton_backward(
+    grad: Tensor,
+    x: Tensor | None,
     weight: Tensor | None,
     saved: Tensor | None,
     kind: int,
@@ -554,23 +533,17 @@ def _linear_backward_triton(
 ) -> list[Tensor]:
     from fastdl.kernels import linear as kernels
 
-    if grad_output.numel() == 0:
-        return reference_backward(grad_output, input, weight, saved, kind, parameter, bias)
-    grad, saved = _rows(grad_output), None if saved is None else _rows(saved)
     if saved is not None and not kernels.fuses_gradient(*grad.shape, grad.element_size()):
         grad = ACTIVATION_BACKWARD.implementations["triton"](grad, saved, kind, parameter)
         kind, saved = 0, None
     gradients = []
     if weight is not None:
-        grad_input = grad_output.new_empty((*grad_output.shape[:-1], weight.shape[1]))
+        grad_input = grad.new_empty((grad.shape[0], weight.shape[1]))
         if grad_input.numel():
-            kernels.linear_input_gradient(
-                grad, saved, weight, _rows(grad_input), kind, parameter, allow_tf32=_allow_tf32()
-            )
+            kernels.linear_input_gradient(grad, saved, weight, grad_input, kind, parameter, allow_tf32=_allow_tf32())
         gradients.append(grad_input)
-    if input is None and not bias:
+    if x is None and not bias:
         return gradients
-    x = None if input is None else _rows(input)
     grad_weight = None if x is None else grad.new_empty((grad.shape[1], x.shape[1]))
     grad_bias = grad.new_empty(grad.shape[1]) if bias else None
     some = grad_weight is not None and grad_weight.numel() > 0
@@ -579,6 +552,9 @@ def _linear_backward_triton(
         kernels.linear_weight_gradient(grad, saved, x, out, grad_bias, kind, parameter, allow_tf32=_allow_tf32())
     gradients.extend(g for g in (grad_weight, grad_bias) if g is not None)
     return gradients
+
+
+_add("triton", _triton_forward, _triton_backward)
 
 
 # ---------------------------------------------------------------------------------------------------------- autograd
