@@ -568,7 +568,7 @@ def small_sample(case: Case, device: torch.device) -> Sample:
 
 
 def calls(backend: str) -> int:
-    """Runs every ragged case that has kernels once, forward and backward, and counts: the program that compute-sanitizer watches."""
+    """Runs every ragged case that has kernels once, with gradients, and counts: the program under compute-sanitizer."""
     import torch
     from fastdl.bench import cases
     from fastdl.bench.correctness import step

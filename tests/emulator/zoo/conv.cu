@@ -76,8 +76,7 @@ double conv_case(const Window& window) {
   epilogue.use_vectors();
   auto tiles = [&](int64_t count, int size) { return unsigned((count + size - 1) / size); };
   const dim3 grid(tiles(epilogue.rows, tile.rows) * tiles(epilogue.columns, tile.columns));
-  launch(conv_kernel<T, true, name, result>,
-         Shape(grid, dim3(tile.threads()), kPositionsAt<T, name> + kPositions<T, name> * sizeof(Position), nullptr),
+  launch(conv_kernel<T, true, name, result>, Shape(grid, dim3(tile.threads()), kSharedBytes<T, name>, nullptr),
          product);
 
   auto pixel = [&](int n, int p, int q, int r, int s) -> const T* {

@@ -51,7 +51,7 @@ enum { SS, RS, SS_MN };
 template <typename T, int N, int MODE>
 __global__ void __launch_bounds__(128) wgmma_probe(const T* A, const T* B, float* D) {
 #if defined(FDL_EMULATE) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  FDL_DYN_SHARED_ALIGNED(1024, unsigned char, s);
+  FDL_DYN_SHARED_ALIGNED(1024, unsigned char, s, 8192 + N * 128);
   const int t = threadIdx.x, l = t & 31, w = t / 32;
   auto put = [&](unsigned char* base, int r, int k, T v) {
     *reinterpret_cast<T*>(base + (MODE == SS_MN ? r / 64 * 8192 + swizzle128(k, r % 64 * 2) : swizzle128(r, k * 2))) =
@@ -110,7 +110,7 @@ template <int RANK>
 __global__ void tma_probe(const __grid_constant__ CUtensorMap in, const __grid_constant__ CUtensorMap out,
                           uint32_t* image, int bytes, Box b) {
 #if defined(FDL_EMULATE) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  FDL_DYN_SHARED_ALIGNED(1024, unsigned char, s);
+  FDL_DYN_SHARED_ALIGNED(1024, unsigned char, s, 1);
   FDL_SHARED_ALIGNED(8, Mbarrier, bar, [1]);
   if (threadIdx.x == 0) {
     mbarrier_init(bar, 1);
