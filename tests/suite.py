@@ -106,3 +106,13 @@ def assert_special_values(actual: Tensor, torchs: Tensor, limit: Tensor) -> None
     big = torch.where(actual.cpu().abs() > 1e37, actual.cpu().sign() * float("inf"), actual.cpu())
     close |= torch.isclose(big.double(), limit, rtol=1e-5, atol=1e-6)
     assert close.all(), (actual, torchs, limit)
+
+
+def assert_repeats(backend: str, function: Callable[..., Tensor], inputs: dict[str, Tensor]) -> None:
+    """Three calls of function(**inputs) give the same bits, and so do their gradients."""
+    inputs = {name: tensor.detach().to(device_of(backend)).requires_grad_() for name, tensor in inputs.items()}
+    with fastdl.use_backend(backend):
+        outputs = [function(**inputs) for _ in range(3)]
+        first, *rest = [[y, *torch.autograd.grad(y.sum(), list(inputs.values()))] for y in outputs]
+    for other in rest:
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))

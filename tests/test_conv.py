@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from suite import FLOATING, assert_special_values, backends, compare, device_of, dtypes, name_of
+from suite import FLOATING, assert_repeats, assert_special_values, backends, compare, device_of, dtypes, name_of
 from torch import nn
 
 import fastdl
@@ -254,14 +254,7 @@ def test_special_values(backend, geometry, activation):
 @pytest.mark.parametrize("backend", KERNELS)
 def test_repeats_are_bit_equal(backend, geometry):
     inputs, options = make(geometry)
-    inputs = {name: tensor.to(device_of(backend)).requires_grad_() for name, tensor in inputs.items()}
-    with fastdl.use_backend(backend):
-        first, *rest = [
-            [y, *torch.autograd.grad(y.sum(), list(inputs.values()))]
-            for y in (ours(options, "gelu")(**inputs) for _ in range(3))
-        ]
-    for other in rest:
-        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+    assert_repeats(backend, ours(options, "gelu"), inputs)
 
 
 @pytest.mark.parametrize("backend", backends("torch", "cpu"))

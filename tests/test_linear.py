@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from suite import FLOATING, assert_special_values, backends, compare, device_of, dtypes, name_of
+from suite import FLOATING, assert_repeats, assert_special_values, backends, compare, device_of, dtypes, name_of
 from torch import nn
 
 import fastdl
@@ -170,16 +170,7 @@ def test_special_values(backend, activation):
 
 @pytest.mark.parametrize("backend", backends("cpu", "cuda", "triton"))
 def test_repeats_are_bit_equal(backend):
-    inputs = {name: tensor.to(device_of(backend)) for name, tensor in make(130, 70, 90).items()}
-    with fastdl.use_backend(backend):
-        for tensor in inputs.values():
-            tensor.requires_grad_()
-        first, *rest = [
-            [y, *torch.autograd.grad(y.sum(), list(inputs.values()))]
-            for y in (ours("gelu")(**inputs) for _ in range(3))
-        ]
-    for other in rest:
-        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+    assert_repeats(backend, ours("gelu"), make(130, 70, 90))
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
