@@ -199,16 +199,13 @@ struct ConvProduct {
   ImageEpilogue<T> epilogue;
 };
 
-// Where a block's positions lie in its shared memory: behind all else.
-template <class T, TileName name>
-constexpr int kPositionsAt = shared_bytes(kTiles[int(name)], false, sizeof(Compute<T>));
-
-// Those of its rows; or of a stage's pixels and the next one's.
+// Positions lie behind all else in a block's shared memory: those of its rows; or of a stage's pixels and the next
+// one's.
 template <class T, TileName name>
 constexpr int kPositions = std::max(kTiles[int(name)].rows, 2 * kTiles[int(name)].depth_bytes / int(sizeof(T)));
 
 template <class T, TileName name>
-constexpr int kSharedBytes = kPositionsAt<T, name> + kPositions<T, name> * int(sizeof(Position));
+constexpr int kSharedBytes = kPipelineBytes<T, name> + kPositions<T, name> * int(sizeof(Position));
 
 // Launches (tiles, splits, groups) blocks.
 template <class T, bool tensor_cores, TileName name, Convolution result>
@@ -222,7 +219,7 @@ __global__ void __launch_bounds__(kTileThreads<name>, kResidentBlocks[int(name)]
   constexpr int threads = kTileThreads<name>, stages = tile.stages, stage_bytes = StageA::kBytes + StageB::kBytes;
   constexpr int chunk_width = StageA::kWidth, depth_of_stage = StageA::kDepth;
   FDL_DYN_SHARED(char, shared, (kSharedBytes<T, name>));
-  auto* positions = reinterpret_cast<Position*>(shared + kPositionsAt<T, name>);
+  auto* positions = reinterpret_cast<Position*>(shared + kPipelineBytes<T, name>);
   const auto& gather = product.gather;
   const auto& epilogue = product.epilogue;
 

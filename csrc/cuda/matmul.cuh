@@ -505,6 +505,10 @@ __device__ __forceinline__ void store_row_sum(Compute<T> sum, int64_t row, int64
   }
 }
 
+// Shared memory of a block without a third operand.
+template <class T, TileName name>
+constexpr int kPipelineBytes = shared_bytes(kTiles[int(name)], false, sizeof(Compute<T>));
+
 // Launches (tiles, splits) blocks.
 template <class T, bool tensor_cores, TileName name, Layout layout_a, Layout layout_b>
 __global__ void __launch_bounds__(kTileThreads<name>, kResidentBlocks[int(name)])
@@ -516,7 +520,7 @@ __global__ void __launch_bounds__(kTileThreads<name>, kResidentBlocks[int(name)]
   constexpr int threads = kTileThreads<name>, stages = tile.stages;
   constexpr bool by_elements = tile.flexible && layout_a == Layout::depth && layout_b == Layout::depth;
   constexpr bool can_sum_rows = tile.flexible || layout_a == Layout::rows;
-  FDL_DYN_SHARED(char, shared, shared_bytes(tile, false, sizeof(Compute<T>)));
+  FDL_DYN_SHARED(char, shared, (kPipelineBytes<T, name>));
   const auto& epilogue = product.epilogue;
 
   const TilePlace<name> first(epilogue.rows);
