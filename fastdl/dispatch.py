@@ -167,7 +167,7 @@ class Op:
         """The machine code that a call runs on a backend; empty for torch's, the interpreter's and the emulator's."""
         from fastdl import proof
 
-        first = arguments[0]
+        first = first_tensor(arguments)
         if backend == "torch" or (backend != "cpu" and not first.is_cuda):
             return ""
         path = proof.code_path(backend, first.device)
@@ -202,7 +202,7 @@ class Op:
         from fastdl import proof
 
         reasons, lasting = [], True
-        for backend in AUTO_ORDER.get(arguments[0].device.type, ()):
+        for backend in AUTO_ORDER.get(first_tensor(arguments).device.type, ()):
             reason = self.why_not(backend, arguments)
             if reason is None:
                 verdict = proof.verdict(self, backend, arguments, training)
@@ -220,7 +220,7 @@ class Op:
         support = self.support.get(backend)
         if support is None:
             return f"it has no {self.name}; backends that have: {', '.join([*self.support, 'torch'])}"
-        first = arguments[0]
+        first = first_tensor(arguments)
         missing = why_unavailable(backend, first.device.type)
         if missing is not None:
             return missing
@@ -241,6 +241,11 @@ def forget_selections() -> None:
 
 
 _LIBRARY = torch.library.Library("fastdl", "DEF")
+
+
+def first_tensor(arguments: Sequence[Any]) -> Tensor:
+    """The tensor that tells a call's device and dtype: the first that is given."""
+    return next(argument for argument in arguments if isinstance(argument, Tensor))
 
 
 def _key(argument: Any) -> Any:

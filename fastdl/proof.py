@@ -71,7 +71,7 @@ def code_path(backend: str, device: torch.device) -> str:
 
 def verdict(op: Op, backend: str, arguments: Sequence[Any], training: bool) -> Verdict:
     """Whether auto may use a backend for a call."""
-    first = arguments[0]
+    first = dispatch.first_tensor(arguments)
     dtype, path = _name(first.dtype), op.code_path(backend, arguments)
     record = records().get((op.name, backend, dtype, path))
     known = None
@@ -133,7 +133,7 @@ def _distance(a: Sequence[int], b: Sequence[int]) -> float:
 
 def first_call(op: Op, selection: Selection, arguments: Sequence[Any]) -> Any:
     """Runs a kernel beside the reference, keeps the verdict, and returns the right result."""
-    first = arguments[0]
+    first = dispatch.first_tensor(arguments)
     expected = op.reference(*arguments)
     try:
         exact = op.reference(*[_double(argument) for argument in arguments])
@@ -174,7 +174,8 @@ def _tells(exact: Any) -> bool:
     """Whether a result can show an error: NaN, infinity or nothing but zeros would hide one."""
     if isinstance(exact, Tensor):
         return bool(torch.isfinite(exact).all()) and bool(exact.any())
-    return all(_tells(tensor) for tensor in exact)
+    given = [tensor for tensor in exact if tensor.numel()]  # an empty one stands for a result that this call lacks
+    return bool(given) and all(_tells(tensor) for tensor in given)
 
 
 def _double(argument: Any) -> Any:
