@@ -152,15 +152,23 @@ class Op:
     def select(self, requested: str, arguments: Sequence[Any], training: bool = False) -> Selection:
         """The backend for a call; raises UnsupportedError if the named one can't do it."""
         key = (requested, training, *[_key(argument) for argument in arguments])
-        selection = self._selections.get(key)
-        if selection is None:
-            if self.check is not None:  # a call like one that has passed need not be checked again
-                self.check(*arguments)
-            selection = self._choose(requested, arguments, training)
-            if len(self._selections) >= 4096:  # sizes that vary without end
-                self._selections.clear()
-            if selection.lasting:
-                self._selections[key] = selection
+        return self._selections.get(key) or self._select(key, requested, arguments, training)
+
+    def select_by(
+        self, key: tuple[Any, ...], requested: str, arguments: Callable[[], Sequence[Any]], training: bool
+    ) -> Selection:
+        """As :meth:`select`, for a caller that has a short key of its own and makes the arguments only if need be."""
+        key = (requested, training, key)
+        return self._selections.get(key) or self._select(key, requested, arguments(), training)
+
+    def _select(self, key: tuple[Any, ...], requested: str, arguments: Sequence[Any], training: bool) -> Selection:
+        if self.check is not None:  # a call like one that has passed need not be checked again
+            self.check(*arguments)
+        selection = self._choose(requested, arguments, training)
+        if len(self._selections) >= 4096:  # sizes that vary without end
+            self._selections.clear()
+        if selection.lasting:
+            self._selections[key] = selection
         return selection
 
     def code_path(self, backend: str, arguments: Sequence[Any]) -> str:
@@ -282,10 +290,13 @@ def is_plain(compiling: bool, *tensors: Tensor | None) -> bool:
         if tensor is not None and (type(tensor) not in _PLAIN or tensor.layout is not torch.strided):
             return False
     return compiling or not (
-        torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
-        or (torch._C._is_torch_function_mode_enabled() and _foreign_function_mode())
+        in_transform() or (torch._C._is_torch_function_mode_enabled() and _foreign_function_mode())
     )
+
+
+def in_transform() -> bool:
+    """Whether a transform of torch.func or forward mode is at work."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 def _foreign_function_mode() -> bool:

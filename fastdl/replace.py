@@ -35,6 +35,12 @@ REPLACEMENTS: dict[type[Module], type[Module]] = {
     torch.nn.AvgPool2d: nn.AvgPool2d,
     torch.nn.AdaptiveAvgPool2d: nn.AdaptiveAvgPool2d,
     torch.nn.FractionalMaxPool2d: nn.FractionalMaxPool2d,
+    torch.nn.LSTM: nn.LSTM,
+    torch.nn.GRU: nn.GRU,
+    torch.nn.RNN: nn.RNN,
+    torch.nn.LSTMCell: nn.LSTMCell,
+    torch.nn.GRUCell: nn.GRUCell,
+    torch.nn.RNNCell: nn.RNNCell,
 }
 _MARK = "_fastdl_replaced"  # in the instance: what restore_layers may undo
 

@@ -5,6 +5,7 @@ from fastdl.functional.batch_norm import batch_norm
 from fastdl.functional.conv import conv1d, conv2d
 from fastdl.functional.linear import linear
 from fastdl.functional.pooling import adaptive_avg_pool2d, avg_pool2d, fractional_max_pool2d, max_pool2d
+from fastdl.functional.rnn import gru, gru_cell, lstm, lstm_cell, rnn_relu, rnn_relu_cell, rnn_tanh, rnn_tanh_cell
 
 __all__ = [
     "adaptive_avg_pool2d",
@@ -15,10 +16,18 @@ __all__ = [
     "elu",
     "fractional_max_pool2d",
     "gelu",
+    "gru",
+    "gru_cell",
     "leaky_relu",
     "linear",
+    "lstm",
+    "lstm_cell",
     "max_pool2d",
     "relu",
+    "rnn_relu",
+    "rnn_relu_cell",
+    "rnn_tanh",
+    "rnn_tanh_cell",
     "sigmoid",
     "silu",
     "tanh",

@@ -5,6 +5,7 @@ from fastdl.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, BNReLU2d
 from fastdl.nn.conv import Conv1d, Conv2d, ConvReLU2d
 from fastdl.nn.linear import Linear, LinearReLU
 from fastdl.nn.pooling import AdaptiveAvgPool2d, AvgPool2d, FractionalMaxPool2d, MaxPool2d
+from fastdl.nn.rnn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 
 __all__ = [
     "ELU",
@@ -19,10 +20,16 @@ __all__ = [
     "Conv2d",
     "ConvReLU2d",
     "FractionalMaxPool2d",
+    "GRU",
+    "GRUCell",
+    "LSTM",
+    "LSTMCell",
     "LeakyReLU",
     "Linear",
     "LinearReLU",
     "MaxPool2d",
+    "RNN",
+    "RNNCell",
     "ReLU",
     "SiLU",
     "Sigmoid",

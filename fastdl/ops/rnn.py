@@ -15,9 +15,11 @@ Tensors may come with any strides, and empty; outputs are contiguous and share n
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastdl import accuracy
@@ -30,10 +32,56 @@ RNN_TANH, RNN_RELU, LSTM, GRU = range(4)
 GATES = (1, 1, 4, 3)
 
 
+# -------------------------------------------------------------------------------------------------------------- stack
+
+
+def stack(
+    run: Callable[..., tuple[Tensor, ...]],
+    rows: Tensor,
+    hx: Tensor,
+    cx: Tensor | None,
+    num_layers: int,
+    bidirectional: bool,
+    dropout: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Layers on layers, each in one direction or in two: the last one's output, and h_n and c_n of all.
+
+    Args:
+        run: (index, input, hx, cx, reverse) -> output (rows, P), h_n (B, P), c_n (B, H): a layer in one direction.
+        rows: (rows, I).
+        hx: (num_layers * directions, B, P); cx: (num_layers * directions, B, H), LSTM only.
+        dropout: between layers.
+    """
+    directions = 2 if bidirectional else 1
+    first_h = hx.unbind(0)
+    first_c = [None] * len(first_h) if cx is None else cx.unbind(0)
+    last_h, last_c = [], []
+    for layer in range(num_layers):
+        outputs = []
+        for direction in range(directions):
+            index = layer * directions + direction
+            output, h, c = run(index, rows, first_h[index], first_c[index], direction == 1)
+            outputs.append(output)
+            last_h.append(h)
+            last_c.append(c)
+        rows = outputs[0] if directions == 1 else torch.cat(outputs, 1)
+        if dropout and layer + 1 < num_layers:
+            rows = F.dropout(rows, dropout)
+    return rows, torch.stack(last_h), torch.stack(last_c)
+
+
+def biases(mode: int, bias_ih: Tensor, bias_hh: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What adds to the projection, (G * H), and GRU's b_hh of n (H), which does not."""
+    if mode != GRU:
+        return bias_ih + bias_hh, None
+    size = bias_hh.shape[0] // 3
+    return bias_ih + F.pad(bias_hh[: 2 * size], (0, size)), bias_hh[2 * size :]
+
+
 # ---------------------------------------------------------------------------------------------------------- reference
 
 
-def _steps(batch: int, batch_sizes: Tensor | None, steps: int, reverse: bool) -> list[tuple[int, int]]:
+def spans(batch: int, batch_sizes: Tensor | None, steps: int, reverse: bool) -> list[tuple[int, int]]:
     """(first row, rows) of every step, in the order of the recurrence."""
     sizes = [batch] * steps if batch_sizes is None else batch_sizes.tolist()
     spans, start = [], 0
@@ -43,7 +91,7 @@ def _steps(batch: int, batch_sizes: Tensor | None, steps: int, reverse: bool) ->
     return spans[::-1] if reverse else spans
 
 
-def _merge(new: Tensor, state: Tensor) -> Tensor:
+def merge(new: Tensor, state: Tensor) -> Tensor:
     """``state`` with its first rows replaced: the others have ended, or not yet begun."""
     return new if new.shape[0] == state.shape[0] else torch.cat([new, state[new.shape[0] :]])
 
@@ -97,29 +145,29 @@ def reference(
     """
     h, c = hx, cx
     outputs, gates, cells = [], [], []
-    for start, size in _steps(hx.shape[0], batch_sizes, steps, reverse):
+    for start, size in spans(hx.shape[0], batch_sizes, steps, reverse):
         previous = None if c is None else c[:size]
         new_h, new_c, step_gates = _step(projected[start : start + size], h[:size], previous, weight_hh, bias_hn, mode)
         if weight_hr is not None:
             new_h = new_h @ weight_hr.t()
         outputs.append(new_h)
-        h = _merge(new_h, h)
+        h = merge(new_h, h)
         if new_c is not None and c is not None:
-            c = _merge(new_c, c)
+            c = merge(new_c, c)
         if save and step_gates:
             gates.append(torch.cat(step_gates, 1))
         if save and new_c is not None:
             cells.append(new_c)
     return (
-        _rows_of(outputs, reverse, hx),
+        in_row_order(outputs, reverse, hx),
         h.clone(),  # an op's outputs share no memory
         projected.new_empty(0) if c is None else c.clone(),
-        _rows_of(gates, reverse, hx),
-        _rows_of(cells, reverse, hx),
+        in_row_order(gates, reverse, hx),
+        in_row_order(cells, reverse, hx),
     )
 
 
-def _rows_of(parts: list[Tensor], reverse: bool, like: Tensor) -> Tensor:
+def in_row_order(parts: list[Tensor], reverse: bool, like: Tensor) -> Tensor:
     """The steps' parts, made in the order of the recurrence, as rows; (0,) of none."""
     return torch.cat(parts[::-1] if reverse else parts) if parts else like.new_empty(0)
 
@@ -176,7 +224,7 @@ def reference_backward(
     c_before = None if cx is None else previous_states(cells, cx, batch_sizes, reverse)
     h_before = previous_states(output, hx, batch_sizes, reverse) if mode == GRU else None
     projected, candidates, totals = [], [], []
-    for start, size in reversed(_steps(hx.shape[0], batch_sizes, steps, reverse)):
+    for start, size in reversed(spans(hx.shape[0], batch_sizes, steps, reverse)):
         rows = slice(start, start + size)
         gh = grad_h[:size] if grad_output is None else grad_h[:size] + grad_output[rows]
         more = None if grad_gates is None else grad_gates[rows].chunk(4, 1)
@@ -188,7 +236,7 @@ def reference_backward(
                 gh if weight_hr is None else gh @ weight_hr, gc, gates[rows], cells[rows], c_before[rows], more
             )
             projected.append(dz)
-            grad_c = _merge(gc, grad_c)
+            grad_c = merge(gc, grad_c)
             new = dz @ weight_hh
         elif mode == GRU:
             assert h_before is not None
@@ -200,14 +248,14 @@ def reference_backward(
             dz = _rnn_gradient(gh, output[rows], mode)
             projected.append(dz)
             new = dz @ weight_hh
-        grad_h = _merge(new, grad_h)
+        grad_h = merge(new, grad_h)
     backwards = not reverse
     return (
-        _rows_of(projected, backwards, hx),
-        _rows_of(candidates, backwards, hx),
+        in_row_order(projected, backwards, hx),
+        in_row_order(candidates, backwards, hx),
         grad_h.clone(),
         hx.new_empty(0) if grad_c is None else grad_c.clone(),
-        hx.new_empty(0) if weight_hr is None else _rows_of(totals, backwards, hx),
+        hx.new_empty(0) if weight_hr is None else in_row_order(totals, backwards, hx),
     )
 
 
@@ -260,14 +308,11 @@ def reference_cell(
     Returns:
         h (B, H), c (B, H) for LSTM, gates (B, 4 * H) for LSTM and GRU, as in :func:`reference`.
     """
-    size = hx.shape[1]
-    projected = torch.nn.functional.linear(input, weight_ih, bias_ih)
-    bias_hn = None
-    if bias_hh is not None:
-        added = 2 * size if mode == GRU else bias_hh.shape[0]
-        bias_hn = bias_hh[added:] if mode == GRU else None
-        projected = torch.cat([projected[:, :added] + bias_hh[:added], projected[:, added:]], 1)
-    h, c, gates = _step(projected, hx, cx, weight_hh, bias_hn, mode)
+    bias, bias_hn = None, None
+    if bias_ih is not None or bias_hh is not None:
+        zeros = weight_hh.new_zeros(weight_hh.shape[0])
+        bias, bias_hn = biases(mode, zeros if bias_ih is None else bias_ih, zeros if bias_hh is None else bias_hh)
+    h, c, gates = _step(F.linear(input, weight_ih, bias), hx, cx, weight_hh, bias_hn, mode)
     nothing = input.new_empty(0)
     return h, nothing if c is None else c, torch.cat(gates, 1) if save and gates else nothing.clone()
 
@@ -486,7 +531,7 @@ def _fake_cell_backward(
 
 RECURRENCE = Op(
     "recurrence(Tensor projected, Tensor hx, Tensor? cx, Tensor weight_hh, Tensor? bias_hn, Tensor? weight_hr, "
-    "Tensor? batch_sizes, int steps, int mode, bool reverse, bool save, str backend) "
+    "Tensor? batch_sizes, SymInt steps, int mode, bool reverse, bool save, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_fake,
     reference=reference,
@@ -497,7 +542,7 @@ RECURRENCE = Op(
 )
 RECURRENCE_BACKWARD = Op(
     "recurrence_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor output, Tensor hx, "
-    "Tensor? cx, Tensor weight_hh, Tensor? weight_hr, Tensor gates, Tensor cells, Tensor? batch_sizes, int steps, "
+    "Tensor? cx, Tensor weight_hh, Tensor? weight_hr, Tensor gates, Tensor cells, Tensor? batch_sizes, SymInt steps, "
     "int mode, bool reverse, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_backward,
     reference=reference_backward,
