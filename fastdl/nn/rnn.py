@@ -128,12 +128,12 @@ class LSTM(_Layer, torch.nn.LSTM):
         self.recurrent_dropout = float(recurrent_dropout)
         self.layer_norm = layer_norm
         if layer_norm:
+            like = next(self.parameters())
             for suffix in self._suffixes():
                 for name, size in (("ih", 4), ("hh", 4), ("c", 1)):
                     for kind in ("weight", "bias"):
-                        parameter = torch.nn.Parameter(self.weight_ih_l0.new_empty(size * self.hidden_size))
-                        self.register_parameter(f"{kind}_norm_{name}_{suffix}", parameter)
-            self.reset_parameters()
+                        start = like.new_full((size * self.hidden_size,), float(kind == "weight"))
+                        self.register_parameter(f"{kind}_norm_{name}_{suffix}", torch.nn.Parameter(start))
 
     def reset_parameters(self) -> None:
         """As torch's; the layer norms start at weight 1 and bias 0."""
@@ -167,7 +167,7 @@ class LSTM(_Layer, torch.nn.LSTM):
             return self._regularized(suffixes[index], rows, hx, cx, spans, reverse)
 
         rows, dropout = time_major.reshape(-1, data.shape[-1]), self.dropout if self.training else 0.0
-        output, h_n, c_n = _rnn.stack(run, rows, *hx, self.num_layers, self.bidirectional, dropout)
+        output, h_n, c_n = _rnn.stack(run, rows, hx[0], hx[1], self.num_layers, self.bidirectional, dropout)
         if batch_sizes is None:
             output = output.view(*time_major.shape[:2], output.shape[-1])
         return output.transpose(0, 1) if transposed else output, h_n, c_n
@@ -278,8 +278,8 @@ def _cell(cell: torch.nn.RNNCellBase, name: str, input: Tensor, hx: Any, functio
     if single:
         input = input.unsqueeze(0)
     if hx is None:
-        zeros = input.new_zeros(input.shape[0], cell.hidden_size)
-        hx = (zeros, zeros) if lstm else zeros
+        shape = input.shape[0], cell.hidden_size
+        hx = (input.new_zeros(shape), input.new_zeros(shape)) if lstm else input.new_zeros(shape)
     elif single:
         hx = (hx[0].unsqueeze(0), hx[1].unsqueeze(0)) if lstm else hx.unsqueeze(0)
     result = function(input, hx, cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh)

@@ -685,15 +685,15 @@ class RecurrentCellFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_h: Tensor | None, grad_c: Tensor | None, grad_gates: Tensor | None) -> Any:
         mode, requested = ctx.arguments
-        input, weight_ih, weight_hh, hx, *states = ctx.saved_tensors
+        input, weight_ih, weight_hh, hx, cx, h, c, gates = ctx.saved_tensors
         needs = ctx.needs_input_grad
         if grad_h is None and grad_c is None and grad_gates is None:
             return (None,) * 10
         double = (torch.is_grad_enabled() or grad_gates is not None) and not torch.compiler.is_compiling()
         if double:
-            results = reference_cell_backward(grad_h, grad_c, hx, *states, mode, grad_gates)
+            results = reference_cell_backward(grad_h, grad_c, hx, cx, h, c, gates, mode, grad_gates)
         else:
-            results = RECURRENT_CELL_BACKWARD(requested, grad_h, grad_c, hx, *states, mode)
+            results = RECURRENT_CELL_BACKWARD(requested, grad_h, grad_c, hx, cx, h, c, gates, mode)
         grad, grad_hidden, direct, grad_cx = results
         grad_input, grad_weight_ih, grad_bias_ih = _product_gradients(
             requested, grad, input, weight_ih, (needs[0], needs[3], needs[5]), double
