@@ -30,6 +30,7 @@ class Case:
         flops: floating-point operations that the case must do.
         bytes: the fewest bytes it must move: each input read once, each output written once.
         quick: part of the quick set.
+        op: the op that auto decides the call by, and whose record the speed is; default: the first that the call makes.
         long_reduction: some output sums over more than about a thousand terms.
         overhead: so small that only the cost of the call is measured.
     """
@@ -45,6 +46,7 @@ class Case:
     flops: int = 0
     bytes: int = 0
     quick: bool = False
+    op: str = ""
     long_reduction: bool = False
     overhead: bool = False
 
