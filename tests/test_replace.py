@@ -78,6 +78,8 @@ EXAMPLES = {
     torch.nn.Conv2d: ((4, 3, (1, 2)), (1, 4, 1, 2)),
     torch.nn.SyncBatchNorm: ((4,), (2, 4)),
     torch.nn.Linear: ((4, 3), (2, 4)),
+    **dict.fromkeys([torch.nn.LSTM, torch.nn.GRU, torch.nn.RNN], ((4, 3), (2, 4))),
+    **dict.fromkeys([torch.nn.LSTMCell, torch.nn.GRUCell, torch.nn.RNNCell], ((4, 3), (2, 4))),
     torch.nn.MaxPool2d: ((2,), (1, 2, 6, 6)),
     torch.nn.AvgPool2d: ((2,), (1, 2, 6, 6)),
     torch.nn.AdaptiveAvgPool2d: ((3,), (1, 2, 6, 6)),
@@ -270,7 +272,7 @@ def test_a_second_call_adds_to_the_first():
 @pytest.mark.parametrize(
     ("selector", "error", "words"),
     [
-        (torch.nn.LSTM, ValueError, "LSTM has no replacement; allowed: .*torch.nn.Linear"),
+        (torch.nn.Bilinear, ValueError, "Bilinear has no replacement; allowed: .*torch.nn.Linear"),
         ([torch.nn.Linear, OwnForward], ValueError, "OwnForward has no replacement"),
         (["first", 3], TypeError, "layer classes or name patterns; got 3"),
         (7, TypeError, "layer classes or name patterns; got 7"),
