@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fastdl
-from fastdl import accuracy, dispatch, functional
+from fastdl import accuracy, dispatch, functional, proof
 from fastdl.ops import rnn as ops
 
 KINDS = {
@@ -689,6 +689,30 @@ def test_auto_decides_once_for_a_whole_layer():
     assert [(call.op, call.backend, call.shape_class) for call in calls] == [
         ("recurrence", "torch", ("lstm", (4, 3, HIDDEN)))
     ]
+
+
+@pytest.mark.parametrize("unknown", [False, True], ids=["on record", "unproven"])
+@pytest.mark.parametrize("kind", ["LSTM", "LSTM projected", "GRU", "RNN"])
+@pytest.mark.parametrize("backend", implementing("recurrence", "cpu"))
+def test_auto_takes_a_kernel_that_is_faster_and_lets_it_prove_itself(backend, kind, unknown, monkeypatch):
+    outcomes = {}
+    monkeypatch.setattr(proof, "verdict", lambda *_: proof.Verdict(True, unknown, "as told", lasting=False))
+    monkeypatch.setattr(proof, "_remember", outcomes.setdefault)
+    dispatch.forget_selections()
+    theirs, ours = pair(kind, num_layers=2, bidirectional=True)
+    x = torch.randn(4, 3, INPUT)
+    with fastdl.trace() as calls:
+        output, _ = ours(x)
+        gradients = torch.autograd.grad(output.square().sum(), list(ours.parameters()))
+    names = {"linear", "linear_backward", "recurrence", "recurrence_backward"}
+    assert {(call.op, call.backend) for call in calls} == {(name, backend) for name in names}
+    expected = theirs(x)[0]
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
+    wanted = torch.autograd.grad(expected.square().sum(), list(theirs.parameters()))
+    torch.testing.assert_close(gradients, wanted, rtol=1e-4, atol=1e-5)
+    assert {key.split()[0]: outcome for key, outcome in outcomes.items()} == dict.fromkeys(
+        names if unknown else (), "passed"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------- beyond torch
