@@ -113,6 +113,7 @@ void bind_cpu(py::module_& module) {
   bind_batch_norm(module);
   bind_linear(module);
   bind_pooling(module);
+  bind_rnn(module);
 }
 
 }  // namespace fastdl

@@ -17,4 +17,10 @@ void batch_norm_backward(const BatchNormBackwardArguments&);
 void pooling(const PoolingArguments&);
 void fractional_pooling(const FractionalArguments&);
 void fractional_pooling_backward(const FractionalArguments&);
+void recurrence(const RecurrenceArguments&);
+int64_t recurrence_workspace(int dtype, int mode, const Sequence&, bool projection);
+void recurrence_backward(const RecurrenceBackwardArguments&);
+int64_t recurrence_backward_workspace(int dtype, int mode, const Sequence&, bool projection);
+void recurrent_cell(const CellArguments&);
+void recurrent_cell_backward(const CellBackwardArguments&);
 }  // namespace fastdl::ISA

@@ -19,5 +19,11 @@ extern const Kernels kernels = {STRING(ISA),
                                 batch_norm_backward,
                                 pooling,
                                 fractional_pooling,
-                                fractional_pooling_backward};
+                                fractional_pooling_backward,
+                                recurrence,
+                                recurrence_workspace,
+                                recurrence_backward,
+                                recurrence_backward_workspace,
+                                recurrent_cell,
+                                recurrent_cell_backward};
 }
