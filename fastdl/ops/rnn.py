@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdl import accuracy
-from fastdl.dispatch import Op
+from fastdl.dispatch import Op, Support
+from fastdl.ops import _native
 from fastdl.ops.linear import LINEAR_BACKWARD
 from fastdl.ops.linear import reference_backward as linear_reference_backward
 
@@ -570,6 +571,180 @@ RECURRENT_CELL_BACKWARD = Op(
 
 
 # ---------------------------------------------------------------------------------------------------------------- cpu
+
+
+def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
+
+
+@RECURRENCE.implement("cpu", Support(_native.FLOATING))
+def _recurrence_cpu(
+    projected: Tensor,
+    hx: Tensor,
+    cx: Tensor | None,
+    weight_hh: Tensor,
+    bias_hn: Tensor | None,
+    weight_hr: Tensor | None,
+    batch_sizes: Tensor | None,
+    steps: int,
+    mode: int,
+    reverse: bool,
+    save: bool,
+) -> tuple[Tensor, ...]:
+    if projected.numel() == 0:
+        return reference(projected, hx, cx, weight_hh, bias_hn, weight_hr, batch_sizes, steps, mode, reverse, save)
+    kernels = _native.kernels("cpu")
+    rows, (batch, state), hidden = projected.shape[0], hx.shape, weight_hh.shape[0] // GATES[mode]
+    nothing = projected.new_empty(0)
+    output = _native.empty((rows, state), projected)
+    h_n = torch.empty_like(hx, memory_format=torch.contiguous_format)
+    c_n = nothing if cx is None else cx.new_empty(cx.shape)
+    gates = _native.empty((rows, 4 * hidden), projected) if save and mode >= LSTM else nothing.clone()
+    cells = _native.empty((rows, hidden), projected) if save and mode == LSTM else nothing.clone()
+    size = kernels.recurrence_workspace(
+        _native.DTYPE_CODES[projected.dtype], mode, batch, hidden, state, weight_hr is not None
+    )
+    workspace = torch.empty(size, dtype=torch.uint8)
+    inputs = _contiguous(projected, hx, cx, weight_hh, bias_hn, weight_hr, batch_sizes)
+    kernels.recurrence(
+        _native.DTYPE_CODES[projected.dtype],
+        mode,
+        *map(_native.address, inputs),
+        output.data_ptr(),
+        h_n.data_ptr(),
+        c_n.data_ptr(),
+        gates.data_ptr(),
+        cells.data_ptr(),
+        rows,
+        batch,
+        steps,
+        hidden,
+        state,
+        reverse,
+        workspace.data_ptr(),
+        _native.context(projected),
+    )
+    return output, h_n, c_n, gates, cells
+
+
+@RECURRENCE_BACKWARD.implement("cpu", Support(_native.FLOATING))
+def _recurrence_backward_cpu(
+    grad_output: Tensor | None,
+    grad_h_n: Tensor | None,
+    grad_c_n: Tensor | None,
+    output: Tensor,
+    hx: Tensor,
+    cx: Tensor | None,
+    weight_hh: Tensor,
+    weight_hr: Tensor | None,
+    gates: Tensor,
+    cells: Tensor,
+    batch_sizes: Tensor | None,
+    steps: int,
+    mode: int,
+    reverse: bool,
+) -> tuple[Tensor, ...]:
+    inputs = [grad_output, grad_h_n, grad_c_n, output, hx, cx, weight_hh, weight_hr, gates, cells, batch_sizes]
+    if output.numel() == 0:
+        return reference_backward(*inputs, steps, mode, reverse)
+    kernels = _native.kernels("cpu")
+    (rows, state), batch, columns = output.shape, hx.shape[0], weight_hh.shape[0]
+    hidden = columns // GATES[mode]
+    nothing = output.new_empty(0)
+    grad_projected = _native.empty((rows, columns), output)
+    grad_q = _native.empty((rows, hidden), output) if mode == GRU else nothing
+    grad_hx = output.new_empty(hx.shape)
+    grad_cx = nothing.clone() if cx is None else output.new_empty(cx.shape)
+    grad_h = nothing.clone() if weight_hr is None else _native.empty((rows, state), output)
+    size = kernels.recurrence_backward_workspace(
+        _native.DTYPE_CODES[output.dtype], mode, batch, hidden, state, weight_hr is not None
+    )
+    workspace = torch.empty(size, dtype=torch.uint8)
+    kept = _contiguous(*inputs)
+    kernels.recurrence_backward(
+        _native.DTYPE_CODES[output.dtype],
+        mode,
+        *map(_native.address, kept),
+        grad_projected.data_ptr(),
+        grad_q.data_ptr(),
+        grad_hx.data_ptr(),
+        grad_cx.data_ptr(),
+        grad_h.data_ptr(),
+        rows,
+        batch,
+        steps,
+        hidden,
+        state,
+        reverse,
+        workspace.data_ptr(),
+        _native.context(output),
+    )
+    return grad_projected, grad_q, grad_hx, grad_cx, grad_h
+
+
+@RECURRENT_CELL.implement("cpu", Support(_native.FLOATING))
+def _recurrent_cell_cpu(
+    input: Tensor,
+    hx: Tensor,
+    cx: Tensor | None,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
+    mode: int,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    (batch, size), hidden = input.shape, hx.shape[1]
+    h = hx.new_empty((batch, hidden))
+    c = hx.new_empty((batch, hidden) if mode == LSTM else 0)
+    gates = hx.new_empty((batch, 4 * hidden) if save and mode >= LSTM else 0)
+    inputs = _contiguous(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh)
+    _native.kernels("cpu").recurrent_cell(
+        _native.DTYPE_CODES[input.dtype],
+        mode,
+        *map(_native.address, inputs),
+        h.data_ptr(),
+        c.data_ptr(),
+        gates.data_ptr(),
+        batch,
+        size,
+        hidden,
+        _native.context(input),
+    )
+    return h, c, gates
+
+
+@RECURRENT_CELL_BACKWARD.implement("cpu", Support(_native.FLOATING))
+def _recurrent_cell_backward_cpu(
+    grad_h: Tensor | None,
+    grad_c: Tensor | None,
+    hx: Tensor,
+    cx: Tensor | None,
+    h: Tensor,
+    c: Tensor,
+    gates: Tensor,
+    mode: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, hidden = hx.shape
+    columns = GATES[mode] * hidden
+    grad_input = hx.new_empty((batch, columns))
+    grad_hidden = hx.new_empty((batch, columns) if mode == GRU else 0)
+    grad_hx = hx.new_empty((batch, hidden) if mode == GRU else 0)
+    grad_cx = hx.new_empty((batch, hidden) if mode == LSTM else 0)
+    before, after = (cx, c) if mode == LSTM else (hx, h)
+    kept = _contiguous(grad_h, grad_c, before, after, gates)
+    _native.kernels("cpu").recurrent_cell_backward(
+        _native.DTYPE_CODES[hx.dtype],
+        mode,
+        *map(_native.address, kept),
+        grad_input.data_ptr(),
+        grad_hidden.data_ptr(),
+        (grad_cx if mode == LSTM else grad_hx).data_ptr(),
+        batch,
+        hidden,
+        _native.context(hx),
+    )
+    return grad_input, grad_hidden, grad_hx, grad_cx
 
 
 # --------------------------------------------------------------------------------------------------------------- cuda
