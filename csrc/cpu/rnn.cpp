@@ -94,24 +94,34 @@ static void recurrence_of(const RecurrenceArguments& arguments) {
         for (int g = 0; g < gates; g++)
           R::multiply(state, before + r0 * state_stride, state_stride, memory.weight_hh + (block * gates + g) * panel,
                       products + g * tile, false, rows, hidden - block * columns);
+        // Two passes, for one long chain of dependent operations leaves a processor idle.
+        constexpr int independent = independent_gates_of<mode>;
         for (int64_t r = r0; r < r0 + rows; r++)
           for_vectors<S>(block, hidden, [&](int64_t unit, int64_t n, int offset) __attribute__((always_inline)) {
-            const S* product = products + (r - r0) * columns + offset;
+            S* sums = products + (r - r0) * columns + offset;
+            const T* input = projected + (first + r) * gates * hidden + unit;
+#pragma GCC unroll 4
+            for (int g = 0; g < independent; g++)
+              store(sums + g * tile, activate_gate<mode>(g, load(input + g * hidden, n) + load(sums + g * tile)));
+          });
+        for (int64_t r = r0; r < r0 + rows; r++)
+          for_vectors<S>(block, hidden, [&](int64_t unit, int64_t n, int offset) __attribute__((always_inline)) {
+            const S* sums = products + (r - r0) * columns + offset;
             const T* input = projected + (first + r) * gates * hidden + unit;
             Vector<S> z[gates], hidden_n{};
 #pragma GCC unroll 4
-            for (int g = 0; g < gates; g++) {
-              z[g] = load(input + g * hidden, n);
-              if (mode == gru && g == 2)
-                hidden_n = load(product + g * tile);
-              else
-                z[g] += load(product + g * tile);
+            for (int g = 0; g < independent; g++) z[g] = load(sums + g * tile);
+            if constexpr (mode == gru) {
+              z[2] = load(input + 2 * hidden, n);
+              hidden_n = load(sums + 2 * tile);
+              if (bias_hn) hidden_n += load(bias_hn + unit, n);
+            } else if constexpr (mode != lstm) {
+              z[0] = load(input, n) + load(sums);
             }
-            if (mode == gru && bias_hn) hidden_n += load(bias_hn + unit, n);
             S* carry = memory.carry + r * carry_stride + unit;
             Vector<S> c{};
             if constexpr (mode == lstm || mode == gru) c = load(carry);
-            Vector<S> h = activate_gates<mode>(z, hidden_n, c);
+            Vector<S> h = finish_step<mode>(z, hidden_n, c);
             if constexpr (mode == lstm || mode == gru) store(carry, c);
             if (mode == lstm && r >= next_count) store(c_n + r * hidden + unit, c, n);
             if (saved_gates && saved) {

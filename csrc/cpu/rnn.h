@@ -28,21 +28,25 @@ INLINE void with_dtype_and_mode(int dtype, int mode, F f) {
   });
 }
 
-// The gates of one vector of units: z, the sums of products and biases, becomes their activations. hidden_n is gru's
-// product inside the one with r; carry is c of lstm and h of gru, before and after the step. Returns h (of lstm before
-// a projection).
+// Gates that need nothing but their sum; of gru's, n is not one.
+template <int mode>
+constexpr int independent_gates_of = mode == lstm  ? 4
+                                     : mode == gru ? 2
+                                                   : 0;
 template <int mode, class V>
-INLINE V activate_gates(V (&z)[gates_of<mode>], V hidden_n, V& carry) {
+INLINE V activate_gate(int gate, V z) {
+  return mode == lstm && gate == 2 ? tanh(z) : sigmoid(z);
+}
+
+// The rest of a step for one vector of units: z, the gates above and the other sums, becomes all gates. hidden_n is
+// gru's product inside the one with r; carry is c of lstm and h of gru, before and after the step. Returns h (of lstm
+// before a projection).
+template <int mode, class V>
+INLINE V finish_step(V (&z)[gates_of<mode>], V hidden_n, V& carry) {
   if constexpr (mode == lstm) {
-    z[0] = sigmoid(z[0]);
-    z[1] = sigmoid(z[1]);
-    z[2] = tanh(z[2]);
-    z[3] = sigmoid(z[3]);
     carry = z[1] * carry + z[0] * z[2];
     return z[3] * tanh(carry);
   } else if constexpr (mode == gru) {
-    z[0] = sigmoid(z[0]);
-    z[1] = sigmoid(z[1]);
     z[2] = tanh(z[2] + z[0] * hidden_n);
     carry = z[2] + z[1] * (carry - z[2]);
     return carry;
@@ -212,7 +216,7 @@ template <class S, class F>
 INLINE void for_vectors(int64_t block, int64_t size, F f) {
   constexpr int width = lanes<S>;
   int64_t begin = block * 2 * width;
-#pragma GCC unroll 2
+#pragma GCC unroll 1
   for (int offset = 0; offset < 2 * width; offset += width)
     if (begin + offset < size) f(begin + offset, size - begin - offset, offset);
 }

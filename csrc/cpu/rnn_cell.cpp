@@ -46,6 +46,7 @@ struct Cell {
   using V = Vector<S>;
   static constexpr int gates = gates_of<mode>, width = lanes<S>, columns = R::columns;
   static constexpr int tile = R::max_rows * columns, products = mode == gru ? 4 : gates;
+  static constexpr int64_t few = 6;  // sequences for which packing the weights costs more than it saves
 
   const CellArguments& arguments;
   const int64_t batch, size, hidden;
@@ -82,7 +83,9 @@ struct Cell {
       if (bias_hh) hidden_n += load(bias_hh + 2 * hidden + unit, n);
     }
     if constexpr (mode == lstm || mode == gru) carry = load((mode == lstm ? cx : hx) + r * hidden + unit, n);
-    V h_ = activate_gates<mode>(sums, hidden_n, carry);
+#pragma GCC unroll 4
+    for (int g = 0; g < independent_gates_of<mode>; g++) sums[g] = activate_gate<mode>(g, sums[g]);
+    V h_ = finish_step<mode>(sums, hidden_n, carry);
     store(h + r * hidden + unit, h_, n);
     if constexpr (mode == lstm) store(c + r * hidden + unit, carry, n);
     if constexpr (mode == lstm || mode == gru)
@@ -94,27 +97,26 @@ struct Cell {
       }
   }
 
-  // Few sequences: bound by reading the weights, which are taken as they lie.
+  // Few sequences: bound by reading the weights, which are taken as they lie, both matrices in one pass.
   void run_few() const {
     int64_t vectors = ceil_div(hidden, width), threads = useful_threads();
     parallel(threads, [&](int thread, int team) {
       for_share(vectors, thread, team, [&](int64_t vector) {
         int64_t unit = vector * width, n = hidden - unit;
-        for (int64_t r = 0; r < batch; r++) {
-          V z[products];
-          for (int g = 0; g < gates; g++) {
+        V z[few][products];
+        for (int g = 0; g < gates; g++)  // for all sequences, while the weights are in the first-level cache
+          for (int64_t r = 0; r < batch; r++) {
             V sums[width] = {};
             int64_t row = g * hidden + unit;
             add_products<T>(sums, input + r * size, weight_ih + row * size, size, n);
             if (mode == gru && g == 2) {
-              z[g] = sums_of_lanes(sums);
+              z[r][g] = sums_of_lanes(sums);
               for (V& sum : sums) sum = V{};
             }
             add_products<T>(sums, hx + r * hidden, weight_hh + row * hidden, hidden, n);
-            z[mode == gru && g == 2 ? products - 1 : g] = sums_of_lanes(sums);
+            z[r][mode == gru && g == 2 ? products - 1 : g] = sums_of_lanes(sums);
           }
-          finish(r, unit, n, z);
-        }
+        for (int64_t r = 0; r < batch; r++) finish(r, unit, n, z[r]);
       });
     });
   }
@@ -219,10 +221,9 @@ static void cell_gradient_of(const CellBackwardArguments& arguments) {
 }
 
 void recurrent_cell(const CellArguments& arguments) {
-  constexpr int64_t few = 6;  // sequences; below, packing costs more than it saves
   with_dtype_and_mode(arguments.dtype, arguments.mode, [&](auto type, auto mode) {
     Cell<typename decltype(type)::type, decltype(mode)::value> cell(arguments);
-    arguments.batch < few ? cell.run_few() : cell.run_many();
+    arguments.batch <= cell.few ? cell.run_few() : cell.run_many();
   });
 }
 
