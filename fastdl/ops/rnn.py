@@ -644,7 +644,7 @@ def _recurrence_backward_cpu(
     mode: int,
     reverse: bool,
 ) -> tuple[Tensor, ...]:
-    inputs = [grad_output, grad_h_n, grad_c_n, output, hx, cx, weight_hh, weight_hr, gates, cells, batch_sizes]
+    inputs: Any = grad_output, grad_h_n, grad_c_n, output, hx, cx, weight_hh, weight_hr, gates, cells, batch_sizes
     if output.numel() == 0:
         return reference_backward(*inputs, steps, mode, reverse)
     kernels = _native.kernels("cpu")
@@ -660,11 +660,11 @@ def _recurrence_backward_cpu(
         _native.DTYPE_CODES[output.dtype], mode, batch, hidden, state, weight_hr is not None
     )
     workspace = torch.empty(size, dtype=torch.uint8)
-    kept = _contiguous(*inputs)
+    inputs = _contiguous(*inputs)
     kernels.recurrence_backward(
         _native.DTYPE_CODES[output.dtype],
         mode,
-        *map(_native.address, kept),
+        *map(_native.address, inputs),
         grad_projected.data_ptr(),
         grad_q.data_ptr(),
         grad_hx.data_ptr(),
@@ -732,11 +732,11 @@ def _recurrent_cell_backward_cpu(
     grad_hx = hx.new_empty((batch, hidden) if mode == GRU else 0)
     grad_cx = hx.new_empty((batch, hidden) if mode == LSTM else 0)
     before, after = (cx, c) if mode == LSTM else (hx, h)
-    kept = _contiguous(grad_h, grad_c, before, after, gates)
+    inputs = _contiguous(grad_h, grad_c, before, after, gates)
     _native.kernels("cpu").recurrent_cell_backward(
         _native.DTYPE_CODES[hx.dtype],
         mode,
-        *map(_native.address, kept),
+        *map(_native.address, inputs),
         grad_input.data_ptr(),
         grad_hidden.data_ptr(),
         (grad_cx if mode == LSTM else grad_hx).data_ptr(),
