@@ -645,8 +645,9 @@ def _recurrence_backward_cpu(
     reverse: bool,
 ) -> tuple[Tensor, ...]:
     inputs: Any = grad_output, grad_h_n, grad_c_n, output, hx, cx, weight_hh, weight_hr, gates, cells, batch_sizes
+    arguments = *inputs, steps, mode, reverse
     if output.numel() == 0:
-        return reference_backward(*inputs, steps, mode, reverse)
+        return reference_backward(*arguments)
     kernels = _native.kernels("cpu")
     (rows, state), batch, columns = output.shape, hx.shape[0], weight_hh.shape[0]
     hidden = columns // GATES[mode]
