@@ -91,9 +91,12 @@ static void recurrence_of(const RecurrenceArguments& arguments) {
       };
       for_tiles<R>(count, blocks, thread, team, [&](int64_t block, int64_t r0, int64_t rows) {
         alignas(64) S products[gates * tile];
-        for (int g = 0; g < gates; g++)
+        int64_t units = min(columns, hidden - block * columns);
+        for (int g = 0; g < gates; g++) {
+          prefetch(projected + g * hidden + block * columns, gates * hidden, first + r0, rows, units);
           R::multiply(state, before + r0 * state_stride, state_stride, memory.weight_hh + (block * gates + g) * panel,
-                      products + g * tile, false, rows, hidden - block * columns);
+                      products + g * tile, false, rows, units);
+        }
         // Two passes, for one long chain of dependent operations leaves a processor idle.
         constexpr int independent = independent_gates_of<mode>;
         for (int64_t r = r0; r < r0 + rows; r++)
@@ -314,6 +317,11 @@ static void recurrence_backward_of(const RecurrenceBackwardArguments& arguments)
       }
       for_tiles<R>(max(count, done), blocks, thread, team, [&](int64_t block, int64_t r0, int64_t rows) {
         alignas(64) S products[tile];
+        int64_t unit = block * columns, units = min(columns, hidden - unit), used = min(rows, max(0, count - r0));
+        if constexpr (mode == lstm || mode == gru)
+          for (int g = 0; g < saved_gates; g++)
+            prefetch(saved + g * hidden + unit, saved_gates * hidden, first + r0, used, units);
+        if constexpr (mode == lstm) prefetch(cells + unit, hidden, first + r0, used, units);
         if (!weight_hr)
           multiply(block, r0, rows, products);
         else if (r0 < count)

@@ -221,6 +221,13 @@ INLINE void for_vectors(int64_t block, int64_t size, F f) {
     if (begin + offset < size) f(begin + offset, size - begin - offset, offset);
 }
 
+// Asks for n elements of rows r0 .. r0 + rows of a matrix, which the products that come first leave time to fetch.
+template <class T>
+INLINE void prefetch(const T* matrix, int64_t stride, int64_t r0, int64_t rows, int64_t n) {
+  for (int64_t r = r0; r < r0 + rows; r++)
+    for (int64_t i = 0; i < n; i += 64 / sizeof(T)) __builtin_prefetch(matrix + r * stride + i, 0, 2);
+}
+
 // ---- threads and memory ----
 // Waits for a team at every step: spinning, because a step takes microseconds, then yielding, because on a shared
 // processor the others may not be running.
