@@ -262,28 +262,34 @@ struct CellBackwardArguments {
   int threads;
 };
 
+// Every kernel of one instruction set: its result, name and arguments
+#define FASTDL_CPU_KERNELS(KERNEL)                                                                        \
+  KERNEL(void, linear, (const LinearArguments&))                                                          \
+  KERNEL(void, activation_forward, (const ForwardArguments&))                                             \
+  KERNEL(void, activation_backward, (const BackwardArguments&))                                           \
+  KERNEL(void, conv_1x1, (const Conv1x1Arguments&))                                                       \
+  KERNEL(void, conv_1x1_weight_gradient, (const Conv1x1GradientArguments&))                               \
+  KERNEL(void, depthwise, (const DepthwiseArguments&))                                                    \
+  KERNEL(void, depthwise_weight_gradient, (const DepthwiseArguments&))                                    \
+  KERNEL(void, channel_gradient, (const ChannelGradientArguments&))                                       \
+  KERNEL(void, batch_norm, (const BatchNormArguments&))                                                   \
+  KERNEL(void, batch_norm_statistics, (const BatchNormStatisticsArguments&))                              \
+  KERNEL(void, batch_norm_backward, (const BatchNormBackwardArguments&))                                  \
+  KERNEL(void, pooling, (const PoolingArguments&))                                                        \
+  KERNEL(void, fractional_pooling, (const FractionalArguments&))                                          \
+  KERNEL(void, fractional_pooling_backward, (const FractionalArguments&))                                 \
+  KERNEL(void, recurrence, (const RecurrenceArguments&))                                                  \
+  KERNEL(int64_t, recurrence_workspace, (int dtype, int mode, const Sequence&, bool projection))          \
+  KERNEL(void, recurrence_backward, (const RecurrenceBackwardArguments&))                                 \
+  KERNEL(int64_t, recurrence_backward_workspace, (int dtype, int mode, const Sequence&, bool projection)) \
+  KERNEL(void, recurrent_cell, (const CellArguments&))                                                    \
+  KERNEL(void, recurrent_cell_backward, (const CellBackwardArguments&))
+
 struct Kernels {
   const char* name;
-  void (*linear)(const LinearArguments&);
-  void (*activation_forward)(const ForwardArguments&);
-  void (*activation_backward)(const BackwardArguments&);
-  void (*conv_1x1)(const Conv1x1Arguments&);
-  void (*conv_1x1_weight_gradient)(const Conv1x1GradientArguments&);
-  void (*depthwise)(const DepthwiseArguments&);
-  void (*depthwise_weight_gradient)(const DepthwiseArguments&);
-  void (*channel_gradient)(const ChannelGradientArguments&);
-  void (*batch_norm)(const BatchNormArguments&);
-  void (*batch_norm_statistics)(const BatchNormStatisticsArguments&);
-  void (*batch_norm_backward)(const BatchNormBackwardArguments&);
-  void (*pooling)(const PoolingArguments&);
-  void (*fractional_pooling)(const FractionalArguments&);
-  void (*fractional_pooling_backward)(const FractionalArguments&);
-  void (*recurrence)(const RecurrenceArguments&);
-  int64_t (*recurrence_workspace)(int dtype, int mode, const Sequence&, bool projection);
-  void (*recurrence_backward)(const RecurrenceBackwardArguments&);
-  int64_t (*recurrence_backward_workspace)(int dtype, int mode, const Sequence&, bool projection);
-  void (*recurrent_cell)(const CellArguments&);
-  void (*recurrent_cell_backward)(const CellBackwardArguments&);
+#define MEMBER(result, name, arguments) result(*name) arguments;
+  FASTDL_CPU_KERNELS(MEMBER)
+#undef MEMBER
 };
 
 namespace portable {

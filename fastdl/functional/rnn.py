@@ -193,9 +193,9 @@ def _cell(
     tensors = input, hx, cx, w_ih, w_hh, b_ih, b_hh
     if not is_plain(compiling, *tensors):
         return call_reference(ops.RECURRENT_CELL, requested, *tensors, mode, False)[:2]  # type: ignore[no-any-return]
-    autocast = input.device.type in AUTO_ORDER and torch.is_autocast_enabled(input.device.type)
+    casts = input.device.type in AUTO_ORDER and torch.is_autocast_enabled(input.device.type)
     given = tensors
-    if autocast:
+    if casts:
         tensors = autocast(*tensors)
     training = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
     selection = select(ops.RECURRENT_CELL, requested, training, compiling, *tensors, mode, training)
@@ -208,7 +208,7 @@ def _cell(
     else:
         results = ops.RECURRENT_CELL(requested, *tensors, mode, False, selection=selection)
     h, c, _ = results
-    if autocast and input.device.type == "cpu" and mode >= ops.LSTM:
+    if casts and input.device.type == "cpu" and mode >= ops.LSTM:
         h, c = h.to(hx.dtype), c.to(hx.dtype)  # as torch's, which casts the products alone there
     return h, c
 
@@ -237,8 +237,8 @@ def _layers(
             return _TORCH_LAYERS[mode](input, batch_sizes, states, *options)  # type: ignore[no-any-return]
         return _TORCH_LAYERS[mode](input, states, *options, batch_first)  # type: ignore[no-any-return]
     dtypes = hx.dtype, None if cx is None else cx.dtype
-    autocast = input.device.type in AUTO_ORDER and torch.is_autocast_enabled(input.device.type)
-    if autocast:
+    casts = input.device.type in AUTO_ORDER and torch.is_autocast_enabled(input.device.type)
+    if casts:
         input, hx, cx, *params = autocast(input, hx, cx, *params)
     per_direction = len(params) // hx.shape[0]
     projection = per_direction == (5 if has_biases else 3)
@@ -253,7 +253,7 @@ def _layers(
     time_major = input.transpose(0, 1) if batch_first and not packed else input
     rows = time_major.reshape(-1, input.shape[-1])
     output, h_n, c_n = ops.stack(run, rows, hx, cx, num_layers, bidirectional, dropout if train else 0.0)
-    if autocast and input.device.type == "cpu":  # as torch's, where oneDNN does not take the whole layer
+    if casts and input.device.type == "cpu":  # as torch's, where oneDNN does not take the whole layer
         if mode == ops.GRU:
             output, h_n = output.to(dtypes[0]), h_n.to(dtypes[0])
         if projection:
