@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastdl.dispatch import AUTO_ORDER, Selection, in_transform, is_plain, state
-from fastdl.functional._call import call_reference, select
+from fastdl.functional._call import autocast, call_reference, select
 from fastdl.functional.linear import linear
 from fastdl.ops import rnn as ops
 
