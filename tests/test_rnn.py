@@ -44,14 +44,14 @@ CELL_BACKENDS = implementing("recurrent_cell", "torch", "cpu", "triton", "cuda")
 @contextlib.contextmanager
 def using(backend):
     """use_backend, where "stack" keeps torch from taking a whole layer."""
-    taken = functional._torch_is_better
+    taken = functional.rnn._torch_is_better
     if backend == "stack":
-        functional._torch_is_better = lambda *_: False
+        functional.rnn._torch_is_better = lambda *_: False
     try:
         with fastdl.use_backend("torch" if backend == "stack" else backend):
             yield
     finally:
-        functional._torch_is_better = taken
+        functional.rnn._torch_is_better = taken
 
 
 def device(backend):
