@@ -81,10 +81,11 @@ def verdict(op: Op, backend: str, arguments: Sequence[Any], training: bool) -> V
     else:
         known = verdicts().get(_key(op, backend, first, path))
         reason = f"proved itself on this device ({path})"
-    if known == "passed":
-        return _fast_enough(op, backend, dtype, path, arguments, training, reason)
-    if known is not None:
+    if known not in ("passed", None):
         return Verdict(False, False, f"not trusted on {path}: {known}")
+    speed = _fast_enough(op, backend, dtype, path, arguments, training, reason)
+    if known == "passed" or not speed.usable:
+        return speed
     if not _proving:
         return Verdict(False, False, f"no record on {path}, and the proof at first call is off")
     if first.is_cuda and torch.cuda.is_current_stream_capturing():

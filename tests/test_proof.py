@@ -213,6 +213,7 @@ print(calls[0])
 
 def test_a_cpu_kernel_without_a_speed_on_record_is_not_taken(backend, monkeypatch):
     monkeypatch.setattr(proof, "SPEED_ON_RECORD_ONLY", frozenset({"cpu"}))
+    assert "fastdl tune" in traced(*operands())[1].reason  # nor put to the proof
     record(monkeypatch)
     assert "fastdl tune" in traced(*operands())[1].reason
     record(monkeypatch, speed={"inference": {"plain": [[16, 24, 40, 1.3]]}})
