@@ -8,6 +8,7 @@ void bind_cuda(py::module_& module) {
   bind_cuda_conv(module);
   bind_cuda_linear(module);
   bind_cuda_pooling(module);
+  bind_cuda_rnn(module);
 
   module.def("targets", &cuda::targets, "architectures with machine code in this build");
   module.def("version", &cuda::version, "of the CUDA toolkit that built this");

@@ -19,5 +19,6 @@ void bind_cuda_batch_norm(py::module_& module);
 void bind_cuda_conv(py::module_& module);
 void bind_cuda_linear(py::module_& module);
 void bind_cuda_pooling(py::module_& module);
+void bind_cuda_rnn(py::module_& module);
 
 }  // namespace fastdl

@@ -71,6 +71,20 @@ __device__ __forceinline__ uint32_t to_tf32(float value) {
   return result;
 }
 
+// Counts an arrival: shows what this thread, and by a barrier before its block, has written to whoever sees the count.
+__device__ __forceinline__ void arrive(unsigned* counter) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], 1;\n" ::"l"(__cvta_generic_to_global(counter)) : "memory");
+}
+
+__device__ __forceinline__ unsigned arrivals(const unsigned* counter) {
+  unsigned count;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];\n"
+               : "=r"(count)
+               : "l"(__cvta_generic_to_global(counter))
+               : "memory");
+  return count;
+}
+
 #else
 
 inline void cp_async16(void* destination, const void* source, int source_bytes, EMU_SITE) {
@@ -99,6 +113,16 @@ inline void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], E
 }
 
 inline uint32_t to_tf32(float value) { return (__float_as_uint(value) + 0x1000u) & ~0x1fffu; }
+
+inline void arrive(unsigned* counter) {
+  emu::yield();
+  __atomic_fetch_add(counter, 1, __ATOMIC_RELEASE);
+}
+
+inline unsigned arrivals(const unsigned* counter) {
+  emu::yield();
+  return __atomic_load_n(counter, __ATOMIC_ACQUIRE);
+}
 
 #endif
 

@@ -725,16 +725,32 @@ def _recurrent_cell_backward_cpu(
     c: Tensor,
     gates: Tensor,
     mode: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
+    return _cell_gradients("cpu", grad_h, grad_c, hx, cx, h, c, gates, mode)
+
+
+def _cell_gradients(
+    backend: str,
+    grad_h: Tensor | None,
+    grad_c: Tensor | None,
+    hx: Tensor,
+    cx: Tensor | None,
+    h: Tensor,
+    c: Tensor,
+    gates: Tensor,
+    mode: int,
+) -> tuple[Tensor, ...]:
     batch, hidden = hx.shape
     columns = GATES[mode] * hidden
     grad_input = hx.new_empty((batch, columns))
     grad_hidden = hx.new_empty((batch, columns) if mode == GRU else 0)
     grad_hx = hx.new_empty((batch, hidden) if mode == GRU else 0)
     grad_cx = hx.new_empty((batch, hidden) if mode == LSTM else 0)
+    if hx.numel() == 0:
+        return grad_input, grad_hidden, grad_hx, grad_cx
     before, after = (cx, c) if mode == LSTM else (hx, h)
     inputs = _contiguous(grad_h, grad_c, before, after, gates)
-    _native.kernels("cpu").recurrent_cell_backward(
+    _native.kernels(backend).recurrent_cell_backward(
         _native.DTYPE_CODES[hx.dtype],
         mode,
         *map(_native.address, inputs),
@@ -749,6 +765,204 @@ def _recurrent_cell_backward_cpu(
 
 
 # --------------------------------------------------------------------------------------------------------------- cuda
+
+
+def _allow_tf32(tensor: Tensor) -> bool:
+    """As torch's switch for recurrent layers on the device says; a CPU's is for the emulator."""
+    library: Any = torch.backends.cudnn if tensor.is_cuda else torch.backends.mkldnn
+    return bool(library.rnn.fp32_precision == "tf32")
+
+
+def _whole_rows(matrix: Tensor | None) -> tuple[Tensor | None, tuple[int, int]]:
+    """A matrix's rows as the kernels read them, (address, stride), and the tensor that holds them.
+
+    A row begins 16-byte aligned and ends with zeros if its length is not a multiple of 16 bytes.
+    """
+    if matrix is None:
+        return None, (0, 0)
+    width = 16 // matrix.element_size()
+    if missing := -matrix.shape[1] % width:
+        matrix = F.pad(matrix, (0, missing))
+    # A single row may come with any stride.
+    stride = matrix.stride(0) if matrix.shape[0] > 1 else matrix.shape[1]
+    if matrix.stride(1) != 1 or stride < matrix.shape[1] or stride % width or matrix.data_ptr() % 16:
+        matrix, stride = matrix.clone(memory_format=torch.contiguous_format), matrix.shape[1]
+    return matrix, (matrix.data_ptr(), stride)
+
+
+def _batch_sizes(batch_sizes: Tensor | None, like: Tensor) -> list[Tensor | None]:
+    """On the host, and on the device of the kernels."""
+    host = None if batch_sizes is None else batch_sizes.contiguous()
+    return [host, None if host is None else host.to(like.device, non_blocking=True)]
+
+
+@RECURRENCE.implement("cuda", Support(_native.FLOATING))
+def _recurrence_cuda(
+    projected: Tensor,
+    hx: Tensor,
+    cx: Tensor | None,
+    weight_hh: Tensor,
+    bias_hn: Tensor | None,
+    weight_hr: Tensor | None,
+    batch_sizes: Tensor | None,
+    steps: int,
+    mode: int,
+    reverse: bool,
+    save: bool,
+) -> tuple[Tensor, ...]:
+    if projected.numel() == 0:
+        return reference(projected, hx, cx, weight_hh, bias_hn, weight_hr, batch_sizes, steps, mode, reverse, save)
+    kernels, dtype = _native.kernels("cuda"), _native.DTYPE_CODES[projected.dtype]
+    rows, (batch, state), hidden = projected.shape[0], hx.shape, weight_hh.shape[0] // GATES[mode]
+    output, h_n = projected.new_empty((rows, state)), hx.new_empty(hx.shape)
+    c_n = projected.new_empty(0 if cx is None else cx.shape)
+    gates = projected.new_empty((rows, 4 * hidden) if save and mode >= LSTM else 0)
+    cells = projected.new_empty((rows, hidden) if save and mode == LSTM else 0)
+    workspace = _native.workspace(
+        kernels.recurrence_workspace(dtype, mode, batch, hidden, state, weight_hr is not None), projected
+    )
+    inputs = _contiguous(projected, hx, cx, bias_hn)
+    (_kept_hh, rows_hh), (_kept_hr, rows_hr) = _whole_rows(weight_hh), _whole_rows(weight_hr)
+    sizes = _batch_sizes(batch_sizes, projected)
+    addresses = [_native.address(tensor) for tensor in inputs]
+    kernels.recurrence(
+        dtype,
+        mode,
+        *addresses[:3],
+        rows_hh,
+        addresses[3],
+        rows_hr,
+        *map(_native.address, sizes),
+        *map(_native.address, (output, h_n, c_n, gates, cells)),
+        rows,
+        batch,
+        steps,
+        hidden,
+        state,
+        reverse,
+        _allow_tf32(projected),
+        0,
+        _native.address(workspace),
+        _native.context(projected),
+    )
+    return output, h_n, c_n, gates, cells
+
+
+@RECURRENCE_BACKWARD.implement("cuda", Support(_native.FLOATING))
+def _recurrence_backward_cuda(
+    grad_output: Tensor | None,
+    grad_h_n: Tensor | None,
+    grad_c_n: Tensor | None,
+    output: Tensor,
+    hx: Tensor,
+    cx: Tensor | None,
+    weight_hh: Tensor,
+    weight_hr: Tensor | None,
+    gates: Tensor,
+    cells: Tensor,
+    batch_sizes: Tensor | None,
+    steps: int,
+    mode: int,
+    reverse: bool,
+) -> tuple[Tensor, ...]:
+    inputs: Any = grad_output, grad_h_n, grad_c_n, output, hx, cx, weight_hh, weight_hr, gates, cells, batch_sizes
+    if output.numel() == 0:
+        return reference_backward(*inputs, steps, mode, reverse)
+    kernels, dtype = _native.kernels("cuda"), _native.DTYPE_CODES[output.dtype]
+    (rows, state), batch, columns = output.shape, hx.shape[0], weight_hh.shape[0]
+    hidden = columns // GATES[mode]
+    results = (
+        output.new_empty((rows, columns)),
+        output.new_empty((rows, hidden) if mode == GRU else 0),
+        output.new_empty(hx.shape),
+        output.new_empty(0 if cx is None else cx.shape),
+        output.new_empty(0 if weight_hr is None else (rows, state)),
+    )
+    workspace = _native.workspace(
+        kernels.recurrence_backward_workspace(dtype, mode, batch, hidden, state, weight_hr is not None), output
+    )
+    inputs = _contiguous(grad_output, grad_h_n, grad_c_n, output, hx, cx, gates, cells)
+    _kept_hh, rows_hh = _whole_rows(weight_hh.t().contiguous())
+    _kept_hr, rows_hr = _whole_rows(None if weight_hr is None else weight_hr.t().contiguous())
+    sizes = _batch_sizes(batch_sizes, output)
+    addresses = [_native.address(tensor) for tensor in inputs]
+    kernels.recurrence_backward(
+        dtype,
+        mode,
+        *addresses[:6],
+        rows_hh,
+        rows_hr,
+        *addresses[6:],
+        *map(_native.address, sizes),
+        *map(_native.address, results),
+        rows,
+        batch,
+        steps,
+        hidden,
+        state,
+        reverse,
+        _allow_tf32(output),
+        0,
+        _native.address(workspace),
+        _native.context(output),
+    )
+    return results
+
+
+@RECURRENT_CELL.implement("cuda", Support(_native.FLOATING))
+def _recurrent_cell_cuda(
+    input: Tensor,
+    hx: Tensor,
+    cx: Tensor | None,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
+    mode: int,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    (batch, size), hidden = input.shape, hx.shape[1]
+    h = hx.new_empty((batch, hidden))
+    c = hx.new_empty((batch, hidden) if mode == LSTM else 0)
+    gates = hx.new_empty((batch, 4 * hidden) if save and mode >= LSTM else 0)
+    if h.numel() == 0:
+        return h, c, gates
+    kept = [_whole_rows(matrix) for matrix in (input, hx, weight_ih, weight_hh)]
+    vectors = _contiguous(cx, bias_ih, bias_hh)
+    addresses = [_native.address(tensor) for tensor in vectors]
+    _native.kernels("cuda").recurrent_cell(
+        _native.DTYPE_CODES[input.dtype],
+        mode,
+        kept[0][1],
+        kept[1][1],
+        addresses[0],
+        kept[2][1],
+        kept[3][1],
+        *addresses[1:],
+        h.data_ptr(),
+        c.data_ptr(),
+        gates.data_ptr(),
+        batch,
+        size,
+        hidden,
+        torch.backends.cuda.matmul.fp32_precision == "tf32",
+        _native.context(input),
+    )
+    return h, c, gates
+
+
+@RECURRENT_CELL_BACKWARD.implement("cuda", Support(_native.FLOATING))
+def _recurrent_cell_backward_cuda(
+    grad_h: Tensor | None,
+    grad_c: Tensor | None,
+    hx: Tensor,
+    cx: Tensor | None,
+    h: Tensor,
+    c: Tensor,
+    gates: Tensor,
+    mode: int,
+) -> tuple[Tensor, ...]:
+    return _cell_gradients("cuda", grad_h, grad_c, hx, cx, h, c, gates, mode)
 
 
 # ------------------------------------------------------------------------------------------------------------- triton
