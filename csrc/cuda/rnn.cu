@@ -129,7 +129,8 @@ struct Pair {
   int64_t row_stride, alternate;  // rows of odd steps lie so much further
   int64_t last_row;               // that may be read
   const T* weight;
-  int64_t weight_stride, depth;
+  int64_t weight_stride;
+  int depth;
   int hole;  // the slot of a group that has no weight here; slots after it have the gate before
 };
 
@@ -188,14 +189,15 @@ __device__ __forceinline__ Words load_shared_words(const void* address) {
   return __builtin_bit_cast(Words, __ldcg(static_cast<const uint4*>(address)));
 }
 
-// The place of a strip's row in its operand's weight.
+// Where a strip's row begins in its pair's weight, in chunks of 16 bytes; kNowhere if there is none.
+constexpr uint32_t kNowhere = ~0u;
 template <class T>
-__device__ __forceinline__ const T* weight_row(const Phase<T>& phase, const Pair<T>& pair, int strip, int row,
+__device__ __forceinline__ uint32_t weight_row(const Phase<T>& phase, const Pair<T>& pair, int strip, int row,
                                                int64_t first_unit) {
   const int slot = strip % phase.slots;
   const int64_t unit = first_unit + strip / phase.slots * 8 + row;
-  if (slot == pair.hole || unit >= phase.units) return nullptr;
-  return pair.weight + ((slot - (slot > pair.hole)) * phase.units + unit) * pair.weight_stride;
+  if (slot == pair.hole || unit >= phase.units) return kNowhere;
+  return uint32_t(((slot - (slot > pair.hole)) * phase.units + unit) * (pair.weight_stride * int64_t(sizeof(T)) / 16));
 }
 
 // Copies a block's weights to shared memory: chunks of depth, strips, lanes, 16 bytes each. Lane 4 r + q has the q-th
@@ -209,10 +211,11 @@ __device__ __forceinline__ char* keep_weights(char* shared, const Phase<T>& phas
 #pragma unroll 1
   for (int i = threadIdx.x; i < chunks * strips * 32; i += kThreads) {
     const int lane = i % 32, strip = i / 32 % strips;
-    const int64_t depth = int64_t(i / 32 / strips) * 4 * width + lane % 4 * width;
-    const T* row = weight_row(phase, pair, strip, lane / 4, first_unit);
-    const bool inside = row && depth < pair.depth;
-    ptx::cp_async16(shared + int64_t(i) * 16, inside ? row + depth : pair.weight, inside ? 16 : 0);
+    const int depth = (i / 32 / strips * 4 + lane % 4) * width;
+    const uint32_t row = weight_row(phase, pair, strip, lane / 4, first_unit);
+    const bool inside = row != kNowhere && depth < pair.depth;
+    ptx::cp_async16(shared + int64_t(i) * 16, pair.weight + (inside ? int64_t(row) * width + depth : 0),
+                    inside ? 16 : 0);
   }
   ptx::cp_async_commit();
   return shared + int64_t(chunks) * strips * 512;
@@ -224,8 +227,9 @@ template <class T, Arithmetic arithmetic, bool resident>
 struct Sums {
   static constexpr int kStrips = most_strips(arithmetic), kTiles = kRecurrentTiles, kWidth = 16 / sizeof(T);
   static constexpr bool kTensorCores = arithmetic == Arithmetic::half || arithmetic == Arithmetic::tf32;
-  // Chunks on their way from memory. Weights that come along take registers.
-  static constexpr int kAhead = resident ? 4 : 2;
+  // Chunks on their way from memory. Weights that come along take registers; CUDA cores multiply longer than a chunk is
+  // on its way.
+  static constexpr int kAhead = !kTensorCores ? 1 : resident ? 4 : 2;
 
   Compute<T> sum[kStrips / 2][kTiles][4] = {};
 
@@ -241,22 +245,21 @@ struct Sums {
     const int lane = threadIdx.x % 32, strips = phase.slots * phase.groups;
     const int chunks = int((pair.depth + 4 * kWidth - 1) / (4 * kWidth));
     const T* rows[kTiles];
-    const T* weight_rows[resident ? 1 : kStrips];
+    uint32_t weight_rows[resident ? 1 : kStrips];
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
-      rows[i] = pair.rows + (step & 1) * pair.alternate +
-                min(first_row + i * 8 + lane / 4, pair.last_row) * pair.row_stride + lane % 4 * kWidth;
+      rows[i] =
+          pair.rows + (step & 1) * pair.alternate + min(first_row + i * 8 + lane / 4, pair.last_row) * pair.row_stride;
     }
     if constexpr (!resident) {
 #pragma unroll
       for (int i = 0; i < kStrips; ++i) {
-        const T* row = i < strips ? weight_row(phase, pair, i, lane / 4, first_unit) : nullptr;
-        weight_rows[i] = row ? row + lane % 4 * kWidth : nullptr;
+        weight_rows[i] = i < strips ? weight_row(phase, pair, i, lane / 4, first_unit) : kNowhere;
       }
     }
     auto fetch = [&](Fetched& fetched, int chunk) {
-      const int64_t depth = int64_t(chunk) * 4 * kWidth;
-      const bool inside = depth + lane % 4 * kWidth < pair.depth;
+      const int depth = (chunk * 4 + lane % 4) * kWidth;
+      const bool inside = depth < pair.depth;
 #pragma unroll
       for (int i = 0; i < kTiles; ++i) {
         fetched.rows[i] = i < tiles && inside ? load_shared_words(rows[i] + depth) : Words{};
@@ -264,7 +267,10 @@ struct Sums {
       if constexpr (!resident) {
 #pragma unroll
         for (int i = 0; i < kStrips; ++i) {
-          fetched.weights[i] = weight_rows[i] && inside ? load_words(weight_rows[i] + depth) : Words{};
+          fetched.weights[i] = Words{};
+          if (weight_rows[i] != kNowhere && inside) {
+            fetched.weights[i] = load_words(pair.weight + int64_t(weight_rows[i]) * kWidth + depth);
+          }
         }
       }
     };
@@ -276,14 +282,19 @@ struct Sums {
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
         const int present = chunk + i * depth_warps;
-        if (present < chunks) multiply(ring[i], strips, tiles, weights + int64_t(present) * strips * 32, exchange);
-        fetch(ring[i], present + kAhead * depth_warps);
+        auto refill = [&] { fetch(ring[i], present + kAhead * depth_warps); };
+        if (present < chunks) {
+          const Words* chunk_weights = resident ? weights + int64_t(present) * strips * 32 : nullptr;
+          multiply(ring[i], strips, tiles, chunk_weights, exchange, refill);
+        }
       }
     }
   }
 
+  // Calls refill() as soon as `fetched` is free.
+  template <class Refill>
   __device__ __forceinline__ void multiply(Fetched& fetched, int strips, int tiles, const Words* weights,
-                                           Words* exchange) {
+                                           Words* exchange, const Refill& refill) {
     const int lane = threadIdx.x % 32;
     if constexpr (kTensorCores) {
       // A lane's 16 bytes are in any order of depth, the same for both operands: two steps of the matrix instruction.
@@ -320,9 +331,14 @@ struct Sums {
           }
         }
       }
+      refill();
     } else {
-      // Lanes exchange what each of them has read.
-      using Values = Vector<T, kWidth>;
+      // Lanes exchange what each of them has read, and multiply 8 bytes of depth at once.
+      constexpr int width = kWidth / 2;
+      using Values = Vector<T, width>;
+      auto read = [](const Words* words, int index, int part) {
+        return reinterpret_cast<const Values*>(words + index * 4)[part];
+      };
       __syncwarp();
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) {
@@ -336,29 +352,28 @@ struct Sums {
         weights = exchange + tiles * 32;
       }
       __syncwarp();
+      refill();
 #pragma unroll 1
-      for (int quarter = 0; quarter < 4; ++quarter) {
+      for (int part = 0; part < kRecurrentChunk / 8; ++part) {
         Values rows[kTiles][2];
 #pragma unroll
         for (int j = 0; j < kTiles; ++j) {
 #pragma unroll
           for (int k = 0; k < 2; ++k) {
-            if (j < tiles) {
-              rows[j][k] = __builtin_bit_cast(Values, exchange[j * 32 + (lane % 4 * 2 + k) * 4 + quarter]);
-            }
+            if (j < tiles) rows[j][k] = read(exchange, j * 8 + lane % 4 * 2 + k, part);
           }
         }
 #pragma unroll
         for (int i = 0; i < kStrips; ++i) {
           if (i < strips) {
-            const auto weight = __builtin_bit_cast(Values, weights[i * 32 + lane / 4 * 4 + quarter]);
+            const Values weight = read(weights, i * 8 + lane / 4, part);
 #pragma unroll
             for (int j = 0; j < kTiles; ++j) {
               if (j < tiles) {
 #pragma unroll
                 for (int k = 0; k < 2; ++k) {
 #pragma unroll
-                  for (int d = 0; d < kWidth; ++d) {
+                  for (int d = 0; d < width; ++d) {
                     sum[i / 2][j][i % 2 * 2 + k] += rows[j][k].element[d] * weight.element[d];
                   }
                 }
@@ -390,7 +405,9 @@ struct Sums {
 
 template <class T>
 struct Inputs {
-  Compute<T> gate[4], hidden_n, outer, c, before, carry;
+  Compute<T> gate[4], carry;
+  Compute<T> outer;  // of the gradient; forward gru's bias inside n
+  Compute<T> c, before;
 };
 
 template <class T>
@@ -415,7 +432,7 @@ __device__ __forceinline__ void read_inputs(Inputs<T>& inputs, const Task<T>& ta
       if (task.bias_hh && !(end == End::gru && g == 2)) value += widen(task.bias_hh[g * hidden + unit]);
       inputs.gate[g] = value;
     }
-    if (end == End::gru) inputs.hidden_n = task.bias_hn ? widen(task.bias_hn[unit]) : Compute<T>(0);
+    if (end == End::gru) inputs.outer = task.bias_hn ? widen(task.bias_hn[unit]) : Compute<T>(0);
     if (end != End::rnn)
       inputs.carry = task.carry ? task.carry[own] : widen(task.before[row * task.before_stride + unit]);
   } else if constexpr (end != End::projection) {
@@ -468,20 +485,20 @@ __device__ __forceinline__ void finish(Inputs<T>& inputs, const C (&sums)[4], co
 #pragma unroll
     for (int g = 0; g < gates; ++g) {
       if (end == End::gru && g == 2) {
-        inputs.hidden_n += sums[2];
+        inputs.outer += sums[2];
         gate[2] += sums[3];
       } else {
         gate[g] += sums[g];
       }
     }
-    const C h = make_step<end, T>(gate, inputs.hidden_n, task.relu, inputs.carry);
+    const C h = make_step<end, T>(gate, inputs.outer, task.relu, inputs.carry);
     if constexpr (end != End::rnn) {
       if (task.carry) task.carry[own] = inputs.carry;
       if (task.gates) {
         T* to = task.gates + (step.first + row) * 4 * hidden + unit;
 #pragma unroll
         for (int g = 0; g < gates; ++g) to[g * hidden] = T(gate[g]);
-        if (end == End::gru) to[3 * hidden] = T(inputs.hidden_n);
+        if (end == End::gru) to[3 * hidden] = T(inputs.outer);
       }
     }
     if constexpr (end == End::lstm) {
@@ -549,7 +566,8 @@ __device__ __forceinline__ void with_end(End end, const Function& function) {
 template <class T, Arithmetic arithmetic, bool resident>
 __device__ __forceinline__ void run_phase(const Task<T>& task, const Phase<T>& phase, const Step& step,
                                           const Words* weights, char* shared) {
-  constexpr int at_once = 2;  // units of a thread
+  // Units whose inputs a thread has read before the product ends. float64 and weights that come along take registers.
+  constexpr int at_once = resident && sizeof(T) < 8 ? 2 : 1;
   using C = Compute<T>;
   const int warp = threadIdx.x / 32;
   const int strips = phase.slots * phase.groups, block_units = phase.groups * 8;
@@ -839,30 +857,28 @@ void run(const char* name, Task<T>& task, const Memory<T>& memory, const T* hx, 
   task.hidden = memory.hidden;
   task.carry = memory.carry_size ? memory.carry : nullptr;
   task.arrived = memory.arrived;
-  const int64_t work = std::max(memory.state_size, memory.carry_size);
-  launch(begin_kernel<T>,
-         Shape(dim3(unsigned(std::min(ceil_div<int64_t>(work, kThreads), kMaximumBlocks))), dim3(kThreads), 0, stream),
-         task, hx, columns, memory.state_size, memory.hidden_size, task.backward ? 0 : memory.carry_size,
-         memory.barriers);
+  const Sequence& sequence = task.sequence;
   dispatch_arithmetic<T>(allow_tf32, [&]<Arithmetic arithmetic>() {
-    const Sequence& sequence = task.sequence;
+    RecurrentPlan plan{};
     // A single step would keep weights for nothing.
-    if (path == RecurrentPath::persistent ||
-        (path == RecurrentPath::automatic && sequence.steps > 1 && cooperative())) {
-      const RecurrentPlan plan = plan_of(task, arithmetic, true);
+    if (path == RecurrentPath::automatic ? sequence.steps > 1 && cooperative() : path == RecurrentPath::persistent) {
+      plan = plan_of(task, arithmetic, true);
       require(plan.unit_blocks || path == RecurrentPath::automatic, name, "path", int(path),
               "0 or 1: the weights don't fit into shared memory");
-      if (plan.unit_blocks) {
-        take_plan(task, plan);
-        Shape shape(dim3(unsigned(plan.unit_blocks), unsigned(plan.row_blocks)), dim3(kThreads), plan.shared_bytes,
-                    stream);
-        shape.cooperative = true;
-        launch(recurrence_kernel<T, arithmetic>, shape, task);
-        return;
-      }
     }
-    const RecurrentPlan plan = plan_of(task, arithmetic, false);
+    if (plan.unit_blocks == 0) plan = plan_of(task, arithmetic, false);
     take_plan(task, plan);
+
+    const int64_t blocks = ceil_div<int64_t>(std::max(memory.state_size, memory.carry_size), kThreads);
+    launch(begin_kernel<T>, Shape(dim3(unsigned(std::min(blocks, kMaximumBlocks))), dim3(kThreads), 0, stream), task,
+           hx, columns, memory.state_size, memory.hidden_size, task.backward ? 0 : memory.carry_size, memory.barriers);
+    if (plan.persistent) {
+      Shape shape(dim3(unsigned(plan.unit_blocks), unsigned(plan.row_blocks)), dim3(kThreads), plan.shared_bytes,
+                  stream);
+      shape.cooperative = true;
+      launch(recurrence_kernel<T, arithmetic>, shape, task);
+      return;
+    }
     Walk walk(sequence.batch_sizes, sequence, sequence.reverse != task.backward);
     int64_t done = 0;
     for (int64_t i = 0; i < sequence.steps + task.backward; ++i, walk = walk.next()) {
@@ -905,11 +921,15 @@ void check_address(const char* name, const char* argument, const void* address) 
   require(address, name, argument, 0, "an address");
 }
 
-void check_rows(const char* name, const char* argument, const Rows& rows, int64_t columns, int element_bytes) {
+// count: of rows of a weight, whose chunks kernels count in 32 bits; 0 for a cell's rows.
+void check_rows(const char* name, const char* argument, const Rows& rows, int64_t columns, int element_bytes,
+                int64_t count) {
   check_address(name, argument, rows.data);
   require(aligned(16, rows.data), name, argument, rows.data, "16-byte aligned");
   require(rows.stride >= columns && rows.stride * element_bytes % 16 == 0, name, argument, rows.stride,
           "of a stride that holds its columns, a multiple of 16 bytes");
+  require(count * (rows.stride * element_bytes / 16) < int64_t(kNowhere), name, argument, count,
+          "rows of less than 64 GiB together");
 }
 
 End end_of(int mode) { return mode == kLstm ? End::lstm : mode == kGru ? End::gru : End::rnn; }
@@ -925,7 +945,7 @@ Pair<T> pair_of(const State<T>& state, const Rows& weight, int64_t depth, int64_
           batch - 1,
           static_cast<const T*>(weight.data),
           weight.stride,
-          whole_chunks<T>(depth),
+          int(whole_chunks<T>(depth)),
           4};
 }
 
@@ -973,7 +993,7 @@ void recurrence(const RecurrenceArguments& arguments) {
     if (gates) check_address(name, "cells", cells);
   }
   dispatch_dtype(name, dtype, [&]<class T>() {
-    check_rows(name, "weight_hh", weight_hh, sequence.state, sizeof(T));
+    check_rows(name, "weight_hh", weight_hh, sequence.state, sizeof(T), gates_of(mode) * sequence.hidden);
     const auto memory = forward_memory<T>(mode, sequence, projection, workspace);
     Task<T> task{};
     task.phases[0] = {{pair_of(memory.state, weight_hh, sequence.state, sequence.batch)},
@@ -984,7 +1004,7 @@ void recurrence(const RecurrenceArguments& arguments) {
                       end_of(mode)};
     task.phase_count = 1;
     if (projection) {
-      check_rows(name, "weight_hr", weight_hr, sequence.hidden, sizeof(T));
+      check_rows(name, "weight_hr", weight_hr, sequence.hidden, sizeof(T), sequence.state);
       task.phases[1] = {{pair_of(memory.hidden, weight_hr, sequence.hidden, sequence.batch)},
                         1,
                         1,
@@ -1030,14 +1050,14 @@ void recurrence_backward(const RecurrenceBackwardArguments& arguments) {
   }
   dispatch_dtype(name, dtype, [&]<class T>() {
     const int64_t columns = gates_of(mode) * sequence.hidden;
-    check_rows(name, "weight_hh_transposed", weight_hh, columns, sizeof(T));
+    check_rows(name, "weight_hh_transposed", weight_hh, columns, sizeof(T), sequence.state);
     const auto memory = backward_memory<T>(mode, sequence, projection, workspace);
     Task<T> task{};
     task.phases[0] = {{pair_of(memory.state, weight_hh, columns, sequence.batch)}, 1, 1, 0, sequence.state,
                       projection ? End::projection_gradient : gradient_of(mode)};
     task.phase_count = 1;
     if (projection) {
-      check_rows(name, "weight_hr_transposed", weight_hr, sequence.state, sizeof(T));
+      check_rows(name, "weight_hr_transposed", weight_hr, sequence.state, sizeof(T), sequence.hidden);
       task.phases[1] = {{pair_of(memory.hidden, weight_hr, sequence.state, sequence.batch)},
                         1,
                         1,
@@ -1083,8 +1103,8 @@ void recurrent_cell(const CellArguments& arguments) {
     auto add_pair = [&](const char* rows_name, const Rows& rows, const char* weight_name, const Rows& weight,
                         int64_t depth, int hole) {
       if (depth == 0) return;
-      check_rows(name, rows_name, rows, depth, sizeof(T));
-      check_rows(name, weight_name, weight, depth, sizeof(T));
+      check_rows(name, rows_name, rows, depth, sizeof(T), 0);
+      check_rows(name, weight_name, weight, depth, sizeof(T), gates_of(mode) * hidden);
       Pair<T>& pair = phase.pairs[phase.pair_count++];
       // The state is read only.
       const State<T> state{static_cast<T*>(const_cast<void*>(rows.data)), rows.stride, 0};
