@@ -150,7 +150,7 @@ def _link(name: str, mode: str, sources: dict[Path, list[str]], flags: list[str]
 def zoo(mode: str = "plain") -> Path:
     """The executable of test kernels."""
     sources = {source: [] for source in [HERE / "zoo" / "main.cpp", *_zoo_kernels()]}
-    for name, header in (("hopper", "matmul_sm90.cuh"), ("conv", "conv.cuh")):
+    for name, header in (("hopper", "matmul_sm90.cuh"), ("conv", "conv.cuh"), ("rnn", "rnn.cuh")):
         sources[HERE / "zoo" / f"{name}.cu"] = [f"-I{_planted(header).relative_to(ROOT)}"]
     return _link("zoo", mode, sources, [])
 

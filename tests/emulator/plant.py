@@ -1,4 +1,4 @@
-"""Plants bugs in the Hopper matmul and the convolution, of which the zoo compiles copies that can be told to have any.
+"""Plants bugs in the Hopper matmul, the convolution and the recurrence, of which the zoo compiles copies that can be told to have any.
 
 The kernels themselves stay clean.
 """
@@ -92,7 +92,23 @@ CONV: dict[str, list[tuple[str, int, str]]] = {
     ],
     "channels beyond the group": [("channel < channels", 0, "channel < int(tap_columns.divisor)")],
 }
-BUGS = {"matmul_sm90.cuh": HOPPER, "conv.cuh": CONV}
+ARRIVE = "ptx::arrive(arrived + blockIdx.y);"
+RNN: dict[str, list[tuple[str, int, str]]] = {
+    "no barrier between steps": [("if (i + phase > 0) wait_for_all(task.arrived, visits);", 0, "")],
+    "no arrival at the barrier": [(ARRIVE, 0, "")],
+    "barrier of one block": [("visits += gridDim.x;", 0, "visits += 1;")],
+    "arrival before the block is done": [("__syncthreads();", 2, "")],
+    "threads do not wait for the barrier": [("__syncthreads();", 3, "")],
+    "one buffer for h": [("(step & 1) * alternate", 0, "0"), ("(step & 1) * pair.alternate", 0, "0")],
+    "sums read before they are there": [("__syncthreads();", 1, "")],
+    "sums not reused in turn": [("if (first_row > block_end - task.rows) __syncthreads();", 0, "")],
+    "exchange overwritten": [("__syncwarp();", 0, "")],
+    "exchange read too early": [("__syncwarp();", 1, "")],
+    "no wait for the weights": [("ptx::cp_async_wait<0>();", 0, "")],
+    "rows beyond the batch": [("min(first_row + i * 8 + lane / 4, pair.last_row)", 0, "first_row + i * 8 + lane / 4")],
+    "a row ends a step late": [("row >= step.next_count", 0, "row > step.next_count")],
+}
+BUGS = {"matmul_sm90.cuh": HOPPER, "conv.cuh": CONV, "rnn.cuh": RNN}
 
 
 def plant(source: str, bugs: dict[str, list[tuple[str, int, str]]]) -> str:

@@ -32,6 +32,7 @@ RIGHT += ["tma 2d swizzled", "tma 2d plain", "tma 3d swizzled", "tma 3d plain", 
 RIGHT += [f"wgmma {form}" for form in ("bf16 n64 ss", "bf16 n128 ss", "bf16 n256 ss", "f16 n64 ss", "bf16 n64 rs")]
 RIGHT += [f"wgmma {form}" for form in ("f16 n128 rs", "bf16 n128 mn-major", "f16 n256 mn-major")]
 RIGHT += [f"conv {name}" for name in ("image", "image, wide window", "weight", "weight, odd channels")]
+RIGHT += [f"recurrence {name}" for name in ("bf16", "float32", "float32, by steps", "of many rows", "gradient")]
 # Kernels that are wrong as they stand.
 WRONG = ["divergent barrier", "divergent shuffle", "mask of absent lanes", "race between blocks", "race within a block"]
 WRONG += ["misaligned vector", "integer overflow", "exit with copies in flight"]
@@ -41,6 +42,7 @@ WRONG += ["misaligned vector", "integer overflow", "exit with copies in flight"]
 MATMUL, STATISTICS = "matmul 65x63x96", "batch statistics 4x3x49"
 NARROW, WIDE, CLUSTER = "hopper narrow tiles", "hopper wide tiles", "cluster, dsmem, multicast"
 IMAGE, WEIGHT = "conv image, wide window", "conv weight"
+LAYER, GRADIENT = "recurrence bf16", "recurrence gradient"
 ALWAYS = [*ORDERS, *RANDOM]
 BUGS = {
     ("divergent barrier", "none"): ("error", ALWAYS, None),
@@ -115,6 +117,20 @@ BUGS = {
     (WEIGHT, "no barrier before positions are read"): ("numbers", ["forward/early", "forward/late"], None),
     (WEIGHT, "one table of positions"): ("numbers", ORDERS, None),
     ("conv weight, odd channels", "channels beyond the group"): (None, [], "asan"),
+    (LAYER, "no barrier between steps"): ("numbers", ALWAYS, "tsan"),
+    (GRADIENT, "no barrier between steps"): ("numbers", ALWAYS, "tsan"),
+    (LAYER, "no arrival at the barrier"): ("error", ALWAYS, None),
+    (LAYER, "barrier of one block"): ("numbers", ORDERS, "tsan"),
+    (LAYER, "arrival before the block is done"): (None, [], "tsan"),
+    (LAYER, "threads do not wait for the barrier"): ("numbers", ALWAYS, "tsan"),
+    (LAYER, "one buffer for h"): (None, [], "tsan"),
+    (LAYER, "sums read before they are there"): ("numbers", ALWAYS, "tsan"),
+    ("recurrence of many rows", "sums not reused in turn"): (None, [], "tsan"),
+    ("recurrence float32", "exchange overwritten"): (None, [], "tsan"),
+    ("recurrence float32", "exchange read too early"): ("numbers", ALWAYS, "tsan"),
+    (LAYER, "no wait for the weights"): ("numbers", LATE, None),
+    (LAYER, "rows beyond the batch"): (None, [], "asan"),
+    (LAYER, "a row ends a step late"): ("numbers", ALWAYS, None),
 }
 
 
