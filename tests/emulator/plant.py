@@ -1,4 +1,4 @@
-"""Plants bugs in the Hopper matmul, the convolution and the recurrence, of which the zoo compiles copies that can be told to have any.
+"""Plants bugs in kernels, of which the zoo compiles copies that can be told to have any of them.
 
 The kernels themselves stay clean.
 """
@@ -92,10 +92,8 @@ CONV: dict[str, list[tuple[str, int, str]]] = {
     ],
     "channels beyond the group": [("channel < channels", 0, "channel < int(tap_columns.divisor)")],
 }
-ARRIVE = "ptx::arrive(arrived + blockIdx.y);"
 RNN: dict[str, list[tuple[str, int, str]]] = {
     "no barrier between steps": [("if (i + phase > 0) wait_for_all(task.arrived, visits);", 0, "")],
-    "no arrival at the barrier": [(ARRIVE, 0, "")],
     "barrier of one block": [("visits += gridDim.x;", 0, "visits += 1;")],
     "arrival before the block is done": [("__syncthreads();", 2, "")],
     "threads do not wait for the barrier": [("__syncthreads();", 3, "")],
@@ -105,7 +103,6 @@ RNN: dict[str, list[tuple[str, int, str]]] = {
     "exchange overwritten": [("__syncwarp();", 0, "")],
     "exchange read too early": [("__syncwarp();", 1, "")],
     "no wait for the weights": [("ptx::cp_async_wait<0>();", 0, "")],
-    "rows beyond the batch": [("min(first_row + i * 8 + lane / 4, pair.last_row)", 0, "first_row + i * 8 + lane / 4")],
     "a row ends a step late": [("row >= step.next_count", 0, "row > step.next_count")],
 }
 BUGS = {"matmul_sm90.cuh": HOPPER, "conv.cuh": CONV, "rnn.cuh": RNN}

@@ -25,6 +25,7 @@ CASES = {
     "blocks of units": (36, 0, [2, 2, 2]),
     "blocks of rows": (7, 0, [19, 17, 9, 8, 1]),
     "teams of warps": (3, 0, [150, 40, 33]),
+    "several passes": (2, 0, [1030, 20]),
     "projection": (20, 9, [5, 4, 1]),
     "wide projection": (9, 20, [3, 3]),
 }

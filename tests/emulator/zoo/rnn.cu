@@ -135,7 +135,7 @@ constexpr RecurrentPath kSteps = RecurrentPath::steps, kPersistent = RecurrentPa
 extern const std::vector<Case> rnn_cases = {
     {"recurrence bf16", [] { return Layer<bfloat16>(kLstm, 3, 20).forward(kPersistent); }},
     {"recurrence float32", [] { return Layer<float>(kLstm, 3, 33).forward(kPersistent); }},
-    {"recurrence float32, by steps", [] { return Layer<float>(kRnnTanh, 3, 70).forward(kSteps); }},
+    {"recurrence float32, by steps", [] { return Layer<float>(kRnnTanh, 3, 140).forward(kSteps); }},
     {"recurrence of many rows", [] { return Layer<bfloat16>(kRnnTanh, 1030, 2).forward(kPersistent); }},
     {"recurrence gradient", [] { return Layer<bfloat16>(kRnnTanh, 5, 140).backward(kPersistent); }},
 };
