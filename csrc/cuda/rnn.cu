@@ -56,7 +56,6 @@ void check_sequence(const char* name, int mode, const Sequence& sequence) {
   }
   int64_t total = sequence.steps * sequence.batch, limit = sequence.batch;
   if (sequence.batch_sizes) {
-    require(sequence.device_batch_sizes, name, "device_batch_sizes", 0, "an address, with batch_sizes");
     total = 0;
     for (int64_t i = 0; i < sequence.steps; ++i) {
       const int64_t size = sequence.batch_sizes[i];

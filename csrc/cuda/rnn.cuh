@@ -387,16 +387,24 @@ struct Sums {
     }
   }
 
-  // Leaves the sums for the block, pitch tiles to a strip.
-  __device__ __forceinline__ void store(Compute<T>* partial, int strips, int tiles, int pitch) const {
+  // Leaves the sums for the block, pitch tiles to a strip; adds them to those of a pair before. What there is no weight
+  // for is 0, which its products with zeros are not if the rows have infinities.
+  __device__ __forceinline__ void store(Compute<T>* partial, int strips, int tiles, int pitch, int slots, int hole,
+                                        bool add) const {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int i = 0; i < kStrips; ++i) {
+      const bool empty = !resident && i % slots == hole;
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) {
         if (i < strips && j < tiles) {
-          const Compute<T> pair[2] = {sum[i / 2][j][i % 2 * 2], sum[i / 2][j][i % 2 * 2 + 1]};
-          cuda::store(partial + ((i * pitch + j) * 32 + lane) * 2, pair);
+          Compute<T>* to = partial + ((i * pitch + j) * 32 + lane) * 2;
+          Compute<T> pair[2];
+#pragma unroll
+          for (int k = 0; k < 2; ++k) {
+            pair[k] = (empty ? 0 : sum[i / 2][j][i % 2 * 2 + k]) + (!resident && add ? to[k] : 0);
+          }
+          cuda::store(to, pair);
         }
       }
     }
@@ -605,16 +613,17 @@ __device__ __forceinline__ void run_phase(const Task<T>& task, const Phase<T>& p
       if (begin == 0) {
         const int64_t warp_row = first_row + team * kRecurrentTiles * 8;
         const int tiles = clamp((product_end - warp_row + 7) / 8, kRecurrentTiles);
-        Sums<T, arithmetic, resident> sums;
-        if (tiles > 0) {
-#pragma unroll 1
-          for (int i = 0; i < phase.pair_count; ++i) {
-            sums.add(phase, phase.pairs[i], step.index, first_unit, warp_row, tiles, warp % task.depth_warps,
-                     task.depth_warps, weights, exchange);
-          }
-        }
         if (first_row > block_end - task.rows) __syncthreads();  // the last ones have been read
-        sums.store(partial + warp * warp_sums, strips, tiles, task.tiles);
+#pragma unroll 1
+        for (int i = 0; i < phase.pair_count; ++i) {
+          const Pair<T>& pair = phase.pairs[i];
+          Sums<T, arithmetic, resident> sums;
+          if (tiles > 0) {
+            sums.add(phase, pair, step.index, first_unit, warp_row, tiles, warp % task.depth_warps, task.depth_warps,
+                     weights, exchange);
+          }
+          sums.store(partial + warp * warp_sums, strips, tiles, task.tiles, phase.slots, pair.hole, i > 0);
+        }
         __syncthreads();
       }
       with_end(phase.end, [&]<End end>() {
@@ -849,7 +858,10 @@ void run(const char* name, Task<T>& task, const Memory<T>& memory, const T* hx, 
   dispatch_arithmetic<T>(allow_tf32, [&]<Arithmetic arithmetic>() {
     RecurrentPlan plan{};
     // A single step would keep weights for nothing.
-    if (path == RecurrentPath::automatic ? sequence.steps > 1 && cooperative() : path == RecurrentPath::persistent) {
+    const bool on_device = !sequence.batch_sizes || sequence.device_batch_sizes;
+    if (path == RecurrentPath::automatic ? sequence.steps > 1 && on_device && cooperative()
+                                         : path == RecurrentPath::persistent) {
+      require(on_device, name, "device_batch_sizes", 0, "an address, with batch_sizes and path 2");
       plan = plan_of(task, arithmetic, true);
       require(plan.unit_blocks || path == RecurrentPath::automatic, name, "path", int(path),
               "0 or 1: the weights don't fit into shared memory");

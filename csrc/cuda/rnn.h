@@ -20,7 +20,7 @@ constexpr int gates_of(int mode) { return mode == kLstm ? 4 : mode == kGru ? 3 :
 
 struct Sequence {
   const int64_t* batch_sizes;         // [steps] on the host, or null: every sequence has all steps
-  const int64_t* device_batch_sizes;  // the same on the device
+  const int64_t* device_batch_sizes;  // the same on the device, or null: a launch for each step
   int64_t rows, batch, steps, hidden, state;
   bool reverse;
 };

@@ -791,9 +791,12 @@ def _whole_rows(matrix: Tensor | None) -> tuple[Tensor | None, tuple[int, int]]:
 
 
 def _batch_sizes(batch_sizes: Tensor | None, like: Tensor) -> list[Tensor | None]:
-    """On the host, and on the device of the kernels."""
-    host = None if batch_sizes is None else batch_sizes.contiguous()
-    return [host, None if host is None else host.to(like.device, non_blocking=True)]
+    """On the host, and on the device for a kernel of all steps; a CUDA graph can't hold such a copy."""
+    if batch_sizes is None:
+        return [None, None]
+    host = batch_sizes.contiguous()
+    capturing = like.is_cuda and torch.cuda.is_current_stream_capturing()
+    return [host, None if capturing else host.to(like.device, non_blocking=True)]
 
 
 @RECURRENCE.implement("cuda", Support(_native.FLOATING))
@@ -866,8 +869,9 @@ def _recurrence_backward_cuda(
     reverse: bool,
 ) -> tuple[Tensor, ...]:
     inputs: Any = grad_output, grad_h_n, grad_c_n, output, hx, cx, weight_hh, weight_hr, gates, cells, batch_sizes
+    arguments = *inputs, steps, mode, reverse
     if output.numel() == 0:
-        return reference_backward(*inputs, steps, mode, reverse)
+        return reference_backward(*arguments)
     kernels, dtype = _native.kernels("cuda"), _native.DTYPE_CODES[output.dtype]
     (rows, state), batch, columns = output.shape, hx.shape[0], weight_hh.shape[0]
     hidden = columns // GATES[mode]

@@ -192,38 +192,57 @@ def test_both_paths_and_all_orders_give_the_same_bits(dtype):
             assert torch.equal(first.tensor, second.tensor)
 
 
-@pytest.mark.parametrize("rows", [1, 9, 200])
-@dtypes
-@MODES
-def test_cells(mode, dtype, rows):
-    """Both products of a cell, where input and state have different depths; rows and weights of ragged lengths."""
-    module, hidden, inputs = emulation.load(), 10, 37
-    case = Case(mode, hidden, 0, [rows], dtype, False)
-    x, weight_ih = case.place(rows, inputs).tensor, case.place(case.gates, inputs, scale=0.2).tensor
-    bias_ih, bias_hh = case.place(case.gates), case.place(case.gates)
-    doubles = [None if each is None else getattr(each, "tensor", each).double() for each in (
-        x, case.hx, case.cx, weight_ih, case.weight_hh, bias_ih, bias_hh)]  # fmt: skip
-    expected = rnn.reference_cell(*doubles, mode, True)
+def cell(case, x, weight_ih, biases, tf32=False):
+    """A cell's h, c and gates, and what float64 makes of its inputs."""
+    tensors = [None if each is None else getattr(each, "tensor", each) for each in (x, case.hx, case.cx, weight_ih)]
+    tensors += [case.weight_hh, *(each.tensor for each in biases)]
+    doubles = [None if each is None else each.double() for each in tensors]
+    expected = rnn.reference_cell(*doubles, case.mode, True)
     got = dict(zip(("h", "c", "gates"), map(case.empty, expected), strict=True))
     kept = [rnn._whole_rows(each) for each in (x, case.hx.tensor, weight_ih, case.weight_hh)]
-    module.recurrent_cell(
+    emulation.load().recurrent_cell(
         case.code,
-        mode,
+        case.mode,
         kept[0][1],
         kept[1][1],
         0 if case.cx is None else case.cx.address,
         kept[2][1],
         kept[3][1],
-        bias_ih.address,
-        bias_hh.address,
+        *(each.address for each in biases),
         *(each.address if each.tensor.numel() else 0 for each in got.values()),
-        rows,
-        inputs,
-        hidden,
-        False,
+        *x.shape,
+        case.hidden,
+        tf32,
         0,
     )
-    case.check(got, expected, ALLOWED[dtype])
+    return got, expected
+
+
+def cell_case(mode, dtype, rows):
+    """Input and state of different depths; rows and weights of ragged lengths."""
+    case = Case(mode, 10, 0, [rows], dtype, False)
+    x, weight_ih = case.place(rows, 37).tensor, case.place(case.gates, 37, scale=0.2).tensor
+    return case, x, weight_ih, [case.place(case.gates), case.place(case.gates)]
+
+
+@pytest.mark.parametrize("rows", [1, 9, 200])
+@dtypes
+@MODES
+def test_cells(mode, dtype, rows):
+    case, *inputs = cell_case(mode, dtype, rows)
+    case.check(*cell(case, *inputs), ALLOWED[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@MODES
+def test_infinities_in_cells(mode, dtype):
+    """Saturated gates are finite; where a group lacks a weight for one of the products, 0 * infinity does no harm."""
+    case, x, weight_ih, biases = cell_case(mode, dtype, 4)
+    x[0, 3], x[1, 5], case.hx.tensor[2, 2] = torch.inf, -torch.inf, torch.inf
+    got, expected = cell(case, x, weight_ih, biases)
+    torch.testing.assert_close(
+        got["h"].tensor.double(), expected[0], rtol=4 * ALLOWED[dtype], atol=4 * ALLOWED[dtype], equal_nan=True
+    )
 
 
 def test_bad_arguments_are_named():
@@ -236,7 +255,7 @@ def test_bad_arguments_are_named():
         sizes = a["rows"], a["batch"], a["steps"], a["hidden"], a["state"], False, False, a["path"], one, 0
         return lambda: module.recurrence(a["dtype"], a["mode"], *pointers, one, one, one, 0, 0, *sizes)
 
-    grows = torch.tensor([2, 3])
+    grows, shrinks = torch.tensor([2, 3]), torch.tensor([2, 1])
     for message, bad in {
         r"recurrence: mode must be .* got 4": call(mode=4),
         r"recurrence: dtype must be .* got 7": call(dtype=7),
@@ -246,7 +265,7 @@ def test_bad_arguments_are_named():
         r"recurrence: state must be hidden, without weight_hr, got 3": call(state=3),
         r"recurrence: rows must be the sum .* got 3": call(rows=3),
         r"recurrence: batch_sizes must be .* got 3": call(sizes=grows.data_ptr(), device=one, steps=2, rows=5),
-        r"recurrence: device_batch_sizes must be an address": call(sizes=grows.data_ptr(), steps=2, rows=5),
+        r"recurrence: device_batch_sizes must be an address": call(sizes=shrinks.data_ptr(), steps=2, rows=3, path=2),
         r"recurrence: projected must be an address": call(projected=0),
         r"recurrence: weight_hh must be 16-byte aligned": call(weight=(one + 4, 4)),
         r"recurrence: weight_hh must be of a stride .* got 6": call(weight=(one, 6)),
