@@ -76,10 +76,13 @@ class Launch:
         signature, constants, attributes = {}, {}, {}
         for position, name in enumerate(self.kernel.arg_names):
             value = self.constants[name] if name in self.constants else self.arguments[name]
-            if name in self.constants or value is None or (isinstance(value, int) and value == 1):
+            specialises = not self.kernel.params[position].do_not_specialize
+            if name in self.constants or value is None or (isinstance(value, int) and value == 1 and specialises):
                 signature[name], constants[name] = "constexpr", value
                 continue
             signature[name] = mangle_type(value)
+            if not specialises:
+                continue
             address = value if isinstance(value, int) else value.data_ptr() if torch.is_tensor(value) else 1
             if address % 16 == 0:
                 attributes[(position,)] = [["tt.divisibility", 16]]

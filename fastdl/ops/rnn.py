@@ -972,6 +972,143 @@ def _recurrent_cell_backward_cuda(
 # ------------------------------------------------------------------------------------------------------------- triton
 
 
+def _allow_tf32(tensor: Tensor) -> bool:
+    """As torch's switch for recurrent layers on the device says; a CPU's is for the interpreter."""
+    library = torch.backends.cudnn if tensor.is_cuda else torch.backends.mkldnn
+    return bool(library.rnn.fp32_precision == "tf32")
+
+
+def _starts(batch_sizes: Tensor | None, like: Tensor) -> Tensor | None:
+    """The first row of every step of packed sequences, and the end, on the device of ``like``."""
+    return None if batch_sizes is None else F.pad(batch_sizes.cumsum(0), (1, 0)).to(like.device, non_blocking=True)
+
+
+@RECURRENCE.implement("triton", Support(_native.FLOATING))
+def _recurrence_triton(
+    projected: Tensor,
+    hx: Tensor,
+    cx: Tensor | None,
+    weight_hh: Tensor,
+    bias_hn: Tensor | None,
+    weight_hr: Tensor | None,
+    batch_sizes: Tensor | None,
+    steps: int,
+    mode: int,
+    reverse: bool,
+    save: bool,
+) -> tuple[Tensor, ...]:
+    from fastdl.kernels import rnn as kernels
+
+    inputs: Any = projected, hx, cx, weight_hh, bias_hn, weight_hr
+    if projected.numel() == 0:
+        return reference(*inputs, batch_sizes, steps, mode, reverse, save)
+    rows, hidden = projected.shape[0], weight_hh.shape[0] // GATES[mode]
+    results = (
+        projected.new_empty((rows, hx.shape[1])),
+        hx.new_empty(hx.shape),
+        None if cx is None else cx.new_empty(cx.shape),
+        projected.new_empty((rows, 4 * hidden)) if save and mode >= LSTM else None,
+        projected.new_empty((rows, hidden)) if save and mode == LSTM else None,
+    )
+    inputs = *_contiguous(*inputs), _starts(batch_sizes, hx)
+    kernels.recurrence(*inputs, *results, steps, mode, reverse, allow_tf32=_allow_tf32(hx))
+    return _results(results)
+
+
+def _results(results: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
+    """An op's results, where None stands for one of no elements."""
+    like = next(result for result in results if result is not None)
+    return tuple(like.new_empty(0) if result is None else result for result in results)
+
+
+@RECURRENCE_BACKWARD.implement("triton", Support(_native.FLOATING))
+def _recurrence_backward_triton(
+    grad_output: Tensor | None,
+    grad_h_n: Tensor | None,
+    grad_c_n: Tensor | None,
+    output: Tensor,
+    hx: Tensor,
+    cx: Tensor | None,
+    weight_hh: Tensor,
+    weight_hr: Tensor | None,
+    gates: Tensor,
+    cells: Tensor,
+    batch_sizes: Tensor | None,
+    steps: int,
+    mode: int,
+    reverse: bool,
+) -> tuple[Tensor, ...]:
+    from fastdl.kernels import rnn as kernels
+
+    inputs: Any = grad_output, grad_h_n, grad_c_n, output, hx, cx, weight_hh, weight_hr, gates, cells
+    if output.numel() == 0:
+        return reference_backward(*inputs, batch_sizes, steps, mode, reverse)
+    rows, columns = output.shape[0], weight_hh.shape[0]
+    results = (
+        output.new_empty((rows, columns)),
+        output.new_empty((rows, columns // 3)) if mode == GRU else None,
+        hx.new_empty(hx.shape),
+        None if cx is None else cx.new_empty(cx.shape),
+        None if weight_hr is None else output.new_empty(output.shape),
+    )
+    inputs = *_contiguous(*inputs), _starts(batch_sizes, hx)
+    kernels.recurrence_backward(*inputs, *results, steps, mode, reverse, allow_tf32=_allow_tf32(hx))
+    return _results(results)
+
+
+@RECURRENT_CELL.implement("triton", Support(_native.FLOATING))
+def _recurrent_cell_triton(
+    input: Tensor,
+    hx: Tensor,
+    cx: Tensor | None,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
+    mode: int,
+    save: bool,
+) -> tuple[Tensor, ...]:
+    from fastdl.kernels import rnn as kernels
+
+    batch, hidden = hx.shape
+    results = (
+        hx.new_empty(hx.shape),
+        None if cx is None else cx.new_empty(cx.shape),
+        hx.new_empty((batch, 4 * hidden)) if save and mode >= LSTM else None,
+    )
+    inputs = _contiguous(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh)
+    if hx.numel():
+        allow_tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"  # torch's cells are made of matmuls
+        kernels.recurrent_cell(*inputs, *results, mode, allow_tf32=allow_tf32)
+    return _results(results)
+
+
+@RECURRENT_CELL_BACKWARD.implement("triton", Support(_native.FLOATING))
+def _recurrent_cell_backward_triton(
+    grad_h: Tensor | None,
+    grad_c: Tensor | None,
+    hx: Tensor,
+    cx: Tensor | None,
+    h: Tensor,
+    c: Tensor,
+    gates: Tensor,
+    mode: int,
+) -> tuple[Tensor, ...]:
+    from fastdl.kernels import rnn as kernels
+
+    batch, hidden = hx.shape
+    columns = GATES[mode] * hidden
+    results = (
+        hx.new_empty((batch, columns)),
+        hx.new_empty((batch, columns)) if mode == GRU else None,
+        hx.new_empty(hx.shape) if mode == GRU else None,
+        hx.new_empty(hx.shape) if mode == LSTM else None,
+    )
+    if hx.numel():
+        kernels.recurrent_cell_backward(*_contiguous(grad_h, grad_c, hx, cx, h, c, gates), *results, mode)
+    return _results(results)
+
+
 # ----------------------------------------------------------------------------------------------------------- autograd
 
 
