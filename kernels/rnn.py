@@ -111,9 +111,13 @@ def split_gates(sums, ROWS: tl.constexpr, UNITS: tl.constexpr):
 
 
 @triton.jit
-def load_as(pointer, offsets, mask, like):
-    """Numbers in the dtype of ``like``; zeros where mask is not."""
-    return tl.load(pointer + offsets, mask=mask, other=0.0).to(like.dtype)
+def load_or_zeros(pointer, offsets, mask):
+    """Numbers as they are stored; zeros where mask is not, or for None."""
+    if pointer is None:
+        value = tl.zeros(mask.shape, tl.float32)
+    else:
+        value = tl.load(pointer + offsets, mask=mask, other=0.0)
+    return value
 
 
 @triton.jit
@@ -121,27 +125,6 @@ def store_as(pointer, offsets, value, mask):
     """Stores numbers in the pointer's dtype; nothing where it is None."""
     if pointer is not None:
         tl.store(pointer + offsets, value.to(pointer.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def load_state(carry, initial, carry_offsets, offsets, began, active, like):
-    """What a sequence's last step left, or its initial state; zeros for None."""
-    value = tl.zeros_like(like)
-    if initial is not None:
-        value = load_as(initial, offsets, active & (began == 0), like)
-    if carry is not None:
-        value += load_as(carry, carry_offsets, began, like)
-    return value
-
-
-@triton.jit
-def add_terms(sums, projected, bias, offsets, hidden_offsets, mask):
-    """A gate's sums and what adds to them beside the products, each of which may be None."""
-    if projected is not None:
-        sums += load_as(projected, offsets, mask, sums)
-    if bias is not None:
-        sums += load_as(bias, hidden_offsets, mask, sums)
-    return sums
 
 
 @triton.jit
@@ -163,6 +146,32 @@ def forward_tile(
     CELL: tl.constexpr = input is not None
     active, began = sequence < count, sequence < previous_count
     number = sequence.to(tl.int64)
+    unit = first_unit + tl.arange(0, UNITS)[None, :]
+    mask = active[:, None] & (unit < hidden)
+    continues, ended = mask & began[:, None], mask & (sequence >= next_count)[:, None]
+    at = number[:, None] * hidden + unit  # in (B, H)
+    at_row = row * hidden + at
+    parity = tl.cast(index % 2, tl.int64) * batch * hidden
+    read, written = batch * hidden - parity + at, parity + at
+
+    # All of this is read before the products, beside which its latency passes.
+    SUMS: tl.constexpr = 4 if MODE == LSTM else 3 if MODE == GRU else 1
+    shared = tl.zeros_like(at) + unit  # a bias, which all sequences share
+    terms = shared if CELL else (row + number)[:, None] * (SUMS * hidden) + unit
+    common_bias = bias if CELL else None
+    first_term, first_bias = load_or_zeros(projected, terms, mask), load_or_zeros(common_bias, shared, mask)
+    if GATED:
+        second_term = load_or_zeros(projected, terms + hidden, mask)
+        third_term = load_or_zeros(projected, terms + 2 * hidden, mask)
+        second_bias = load_or_zeros(common_bias, shared + hidden, mask)
+        carried, initial_state = load_or_zeros(carry, read, continues), load_or_zeros(initial_c, at, mask & ~continues)
+        if MODE == LSTM:
+            third_bias = load_or_zeros(common_bias, shared + 2 * hidden, mask)
+            fourth_term = load_or_zeros(projected, terms + 3 * hidden, mask)
+            fourth_bias = load_or_zeros(common_bias, shared + 3 * hidden, mask)
+        else:  # in a cell the bias is that of all gates, and the fourth part is n's
+            fourth_bias = load_or_zeros(bias, shared + (2 * hidden if CELL else 0), mask)
+
     sums = tl.zeros((ROWS, COLUMNS), ACCUMULATOR)
     if CELL:
         weight_row, columns_mask = columns_of_gates(first_unit, hidden, 3, MODE, COLUMNS)
@@ -175,50 +184,34 @@ def forward_tile(
     before = tl.where(began, states + (previous_row + number) * depth, initial + number * depth)
     sums = add_products(sums, before, active, weight, resident, columns, columns_mask, depth, 1, PRECISION, DEPTH)
 
-    unit = first_unit + tl.arange(0, UNITS)[None, :]
-    mask = active[:, None] & (unit < hidden)
-    began, ended = mask & began[:, None], mask & (sequence >= next_count)[:, None]
-    at = number[:, None] * hidden + unit  # in (B, H)
-    at_row = row * hidden + at
-    written, read = (
-        tl.cast(index % 2, tl.int64) * batch * hidden + at,
-        tl.cast((index + 1) % 2, tl.int64) * batch * hidden + at,
-    )
-    shared = tl.zeros_like(at) + unit  # a bias, which all sequences share
-    common_bias = bias if CELL else None
     if GATED:
         first, second, third, fourth = split_gates(sums, ROWS, UNITS)
-        GATE_COUNT: tl.constexpr = 4 if MODE == LSTM else 3
-        terms = shared if CELL else (row + number)[:, None] * (GATE_COUNT * hidden) + unit
-        first = sigmoid(add_terms(first, projected, common_bias, terms, shared, mask))
-        second = sigmoid(add_terms(second, projected, common_bias, terms + hidden, shared + hidden, mask))
-        state = load_state(carry, initial_c, read, at, began, mask, first)
+        first = sigmoid(first + first_term.to(ACCUMULATOR) + first_bias.to(ACCUMULATOR))
+        second = sigmoid(second + second_term.to(ACCUMULATOR) + second_bias.to(ACCUMULATOR))
+        state = carried.to(ACCUMULATOR) + initial_state.to(ACCUMULATOR)
+        fourth += fourth_bias.to(ACCUMULATOR)
+        third += third_term.to(ACCUMULATOR)
         if MODE == LSTM:
-            third = add_terms(third, projected, common_bias, terms + 2 * hidden, shared + 2 * hidden, mask)
-            fourth = add_terms(fourth, projected, common_bias, terms + 3 * hidden, shared + 3 * hidden, mask)
-            third, fourth = tanh(third), sigmoid(fourth)
+            third = tanh(third + third_bias.to(ACCUMULATOR))
+            fourth = sigmoid(fourth + fourth_term.to(ACCUMULATOR))
             state = second * state + first * third
             h = fourth * tanh(state)
             store_as(last_c, at, state, ended)
             store_as(cells, at_row, state, mask)
         else:
-            # In a cell the bias is that of all gates, and the last part is n's.
-            fourth = add_terms(fourth, bias, None, shared + (2 * hidden if CELL else 0), shared, mask)
-            third = add_terms(third, projected, None, terms + 2 * hidden, shared, mask)
             third = tanh(third + first * fourth)
             h = third + second * (state - third)
             state = h
         store_as(carry, written, state, mask)
-        if gates is not None:
-            at_gates = (row + number)[:, None] * (4 * hidden) + unit
-            store_as(gates, at_gates, first, mask)
-            store_as(gates, at_gates + hidden, second, mask)
-            store_as(gates, at_gates + 2 * hidden, third, mask)
-            store_as(gates, at_gates + 3 * hidden, fourth, mask)
+        at_gates = (row + number)[:, None] * (4 * hidden) + unit
+        store_as(gates, at_gates, first, mask)
+        store_as(gates, at_gates + hidden, second, mask)
+        store_as(gates, at_gates + 2 * hidden, third, mask)
+        store_as(gates, at_gates + 3 * hidden, fourth, mask)
     elif MODE == PROJECTION:
         h = sums
     else:
-        sums = add_terms(sums, projected, common_bias, shared if CELL else at_row, shared, mask)
+        sums += first_term.to(ACCUMULATOR) + first_bias.to(ACCUMULATOR)
         h = apply_activation(sums, TANH if MODE == RNN_TANH else RELU, 0.0)
     store_as(output, output_row * hidden + at, h, mask)
     store_as(last, at, h, ended)
@@ -294,70 +287,80 @@ def backward_tile(
     step after, if OF_STATE, else that of an LSTM's o * tanh(c) before its projection. Sequences up to next_count came
     from the step after; those of them that are not in this one have reached their initial state. No weight: a cell.
     """
-    active, came = sequence < count, sequence < next_count
+    GATED: tl.constexpr = MODE >= LSTM
+    SUMS: tl.constexpr = 4 if MODE == LSTM else 3
     number = sequence.to(tl.int64)
-    unit = first_unit + tl.arange(0, COLUMNS)
+    column = first_unit + tl.arange(0, COLUMNS)
+    unit = column[None, :]
+    active = (sequence < count)[:, None]
+    mask, came = active & (unit < width), (sequence < next_count)[:, None] & (unit < width)
+    finished = came & ~active
+    at = number[:, None] * width + unit
+    at_row = row * width + at
+    parity = tl.cast(index % 2, tl.int64) * batch * width
+    read, written = batch * width - parity + at, parity + at
+
+    # All of this is read before the products, beside which its latency passes.
+    if OF_STATE:
+        output_grad = load_or_zeros(grad_output, at_row, mask)
+        last_grad = load_or_zeros(grad_h_n, at, mask & ~came)
+    if GATED:
+        at_gates = (row + number)[:, None] * (4 * width) + unit
+        first, second = load_or_zeros(gates, at_gates, mask), load_or_zeros(gates, at_gates + width, mask)
+        third = load_or_zeros(gates, at_gates + 2 * width, mask)
+        fourth = load_or_zeros(gates, at_gates + 3 * width, mask)
+        at_previous, has_previous = previous_row * width + at, mask & (sequence < previous_count)[:, None]
+        before = load_or_zeros(cells if MODE == LSTM else output, at_previous, has_previous)
+        initial = load_or_zeros(cx if MODE == LSTM else hx, at, mask & ~has_previous)
+        carried = load_or_zeros(None if weight is None else carry, read, came)
+        if MODE == LSTM:
+            after, last_c_grad = load_or_zeros(cells, at_row, mask), load_or_zeros(grad_c_n, at, mask & ~came)
+    elif MODE != PROJECTION:
+        after = load_or_zeros(output, at_row, mask)
+
     grad = tl.zeros((ROWS, COLUMNS), ACCUMULATOR)
     if weight is not None:
         grad = add_products(
             grad, left + (left_row + number) * depth, sequence < left_count,
-            weight, resident, unit, unit < width, depth, width, PRECISION, DEPTH,
+            weight, resident, column, column < width, depth, width, PRECISION, DEPTH,
         )  # fmt: skip
-    unit_mask = (unit < width)[None, :]
-    unit = unit[None, :]
-    at = number[:, None] * width + unit
-    at_row = row * width + at
-    written, read = (
-        tl.cast(index % 2, tl.int64) * batch * width + at,
-        tl.cast((index + 1) % 2, tl.int64) * batch * width + at,
-    )
-    mask, came = active[:, None] & unit_mask, came[:, None] & unit_mask
-    finished = came & (sequence >= count)[:, None]
     if OF_STATE:
-        if MODE == GRU and weight is not None:
-            grad += load_as(carry, read, came, grad)
+        if MODE == GRU:
+            grad += carried.to(ACCUMULATOR)
         store_as(grad_hx, at, grad, finished)
-        if grad_h_n is not None:
-            grad += load_as(grad_h_n, at, mask & (came == 0), grad)
-        if grad_output is not None:
-            grad += load_as(grad_output, at_row, mask, grad)
-    if MODE == PROJECTION:
-        store_as(grad_h, at_row, grad, mask)
-    elif MODE >= LSTM:
-        at_gates = (row + number)[:, None] * (4 * width) + unit
-        first, second = load_as(gates, at_gates, mask, grad), load_as(gates, at_gates + width, mask, grad)
-        third = load_as(gates, at_gates + 2 * width, mask, grad)
-        fourth = load_as(gates, at_gates + 3 * width, mask, grad)
-        at_previous, has_previous = previous_row * width + at, mask & (sequence < previous_count)[:, None]
+        grad += last_grad.to(ACCUMULATOR) + output_grad.to(ACCUMULATOR)
+    if GATED:
+        first, second = first.to(ACCUMULATOR), second.to(ACCUMULATOR)
+        third, fourth = third.to(ACCUMULATOR), fourth.to(ACCUMULATOR)
+        before = before.to(ACCUMULATOR) + initial.to(ACCUMULATOR)
+        at_projected = (row + number)[:, None] * (SUMS * width) + unit
         if MODE == LSTM:
-            grad_c = load_state(None if weight is None else carry, grad_c_n, read, at, came, mask, grad)
+            grad_c = carried.to(ACCUMULATOR) + last_c_grad.to(ACCUMULATOR)
             store_as(grad_cx, at, grad_c, finished)
-            tanh_c = tanh(load_as(cells, at_row, mask, grad))
-            c_before = load_state(cells, cx, at_previous, at, has_previous, mask, grad)
+            tanh_c = tanh(after.to(ACCUMULATOR))
             grad_c += grad * fourth * ((1 - tanh_c) * (1 + tanh_c))
             store_as(carry, written, grad_c * second, mask)
-            store_as(grad_projected, at_gates, grad_c * third * first * (1 - first), mask)
-            store_as(grad_projected, at_gates + width, grad_c * c_before * second * (1 - second), mask)
-            store_as(grad_projected, at_gates + 2 * width, grad_c * first * ((1 - third) * (1 + third)), mask)
-            store_as(grad_projected, at_gates + 3 * width, grad * tanh_c * fourth * (1 - fourth), mask)
+            store_as(grad_projected, at_projected, grad_c * third * first * (1 - first), mask)
+            store_as(grad_projected, at_projected + width, grad_c * before * second * (1 - second), mask)
+            store_as(grad_projected, at_projected + 2 * width, grad_c * first * ((1 - third) * (1 + third)), mask)
+            store_as(grad_projected, at_projected + 3 * width, grad * tanh_c * fourth * (1 - fourth), mask)
         else:
-            h_before = load_state(output, hx, at_previous, at, has_previous, mask, grad)
             grad_n = grad * (1 - second) * ((1 - third) * (1 + third))
-            grad_z = grad * (h_before - third) * second * (1 - second)
+            grad_z = grad * (before - third) * second * (1 - second)
             grad_r = grad_n * fourth * first * (1 - first)
             store_as(carry, written, grad * second, mask)
             store_as(grad_q, at_row, grad_n * first, mask)
-            at_projected = (row + number)[:, None] * (3 * width) + unit
-            at_products = (tl.cast(index % 2, tl.int64) * batch + number)[:, None] * (3 * width) + unit
             store_as(grad_projected, at_projected, grad_r, mask)
             store_as(grad_projected, at_projected + width, grad_z, mask)
             store_as(grad_projected, at_projected + 2 * width, grad_n, mask)
+            at_products = (tl.cast(index % 2, tl.int64) * batch + number)[:, None] * (3 * width) + unit
             store_as(grad_products, at_products, grad_r, mask)
             store_as(grad_products, at_products + width, grad_z, mask)
             store_as(grad_products, at_products + 2 * width, grad_n * first, mask)
+    elif MODE == PROJECTION:
+        store_as(grad_h, at_row, grad, mask)
     else:
-        saved = load_as(output, at_row, mask, grad)
-        grad = activation_gradient(grad, saved, TANH if MODE == RNN_TANH else RELU, 0.0)
+        grad = activation_gradient(grad, after.to(ACCUMULATOR), TANH if MODE == RNN_TANH else RELU, 0.0)
         store_as(grad_projected, at_row, grad, mask)
 
 
@@ -383,8 +386,8 @@ def backward_kernel(
     gates_hidden = hidden * (4 if MODE == LSTM else 3 if MODE == GRU else 1)
     resident = None
     if RESIDENT:
-        unit = tl.arange(0, COLUMNS)
-        resident = load_weights(weight_hh, unit, unit < state, 0, gates_hidden, state, DEPTH)
+        column = tl.arange(0, COLUMNS)
+        resident = load_weights(weight_hh, column, column < state, 0, gates_hidden, state, DEPTH)
     for position in tl.range(step, step + count, num_stages=1):
         index = steps - 1 - position
         row, rows = rows_of(starts, batch, steps, index, REVERSE)
@@ -712,3 +715,68 @@ def recurrent_cell_backward(*tensors_and_mode):
     Args, as cell_backward_steps has them: grad_h, grad_c, hx, cx, h, c, gates, then the results; mode.
     """
     cell_backward_steps(*tensors_and_mode).run()
+
+
+def compile_targets(device, every=True):
+    """By name, the launches to compile for a device, to look at their machine code."""
+    launches = {}
+
+    def add(name, launch_list):
+        for launch in launch_list:
+            launches[name + (f" phase {launch.constants['PHASE']}" if len(launch_list) > 1 else "")] = launch
+
+    modes = {"rnn": 0, "lstm": 2, "gru": 3}
+    for dtype, allow_tf32 in (
+        (torch.bfloat16, False), (torch.float16, False), (torch.float32, True), (torch.float32, False),
+        (torch.float64, False),
+    ):  # fmt: skip
+        kind = precision(dtype, allow_tf32)
+        for mode_name, mode in modes.items():
+            for choice_name, choice, hidden in _example_choices(kind, dtype, mode, allow_tf32, device):
+                label = f"{'tf32' if allow_tf32 else str(dtype).removeprefix('torch.')} {mode_name} {choice_name}"
+                options = {"allow_tf32": allow_tf32, "device": device, "choice": choice}
+                add("forward " + label, _example_forward(dtype, mode, hidden, **options).launches)
+                add("backward " + label, _example_backward(dtype, mode, hidden, **options).launches)
+    return launches
+
+
+def _example_choices(kind, dtype, mode, allow_tf32, device):
+    for tile in TILES[kind]:
+        for whole in (False, True):
+            yield f"{tile.rows}x{tile.columns} {'whole' if whole else 'step'}", Choice(tile, whole, False, _stages(tile, dtype.itemsize, device)), 1024
+    for hidden in (32, 64, 128):
+        tile = resident_tile(hidden * 4, hidden, kind, dtype.itemsize, device)
+        if tile:
+            yield f"resident {hidden}", Choice(tile, True, True, 1), hidden
+
+
+def _meta(dtype, *shape):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _example_forward(dtype, mode, hidden, batch=32, steps=16, **options):
+    gates, rows = (1, 1, 4, 3)[mode], batch * steps
+    t = functools.partial(_meta, dtype)
+    lstm, gated = mode == 2, mode >= 2
+    return forward_steps(
+        t(rows, gates * hidden), t(batch, hidden), t(batch, hidden) if lstm else None, t(gates * hidden, hidden),
+        t(hidden) if mode == 3 else None, None, None, t(rows, hidden), t(batch, hidden),
+        t(batch, hidden) if lstm else None, t(rows, 4 * hidden) if gated else None, t(rows, hidden) if lstm else None,
+        steps, mode, False, **options,
+    )
+
+
+def _example_backward(dtype, mode, hidden, batch=32, steps=16, **options):
+    gates, rows = (1, 1, 4, 3)[mode], batch * steps
+    t = functools.partial(_meta, dtype)
+    lstm, gated = mode == 2, mode >= 2
+    if options["choice"].resident:
+        tile = options["choice"].tile
+        options["choice"] = replace(options["choice"], tile=replace(tile, columns=tile.depth, depth=tile.columns))
+    return backward_steps(
+        t(rows, hidden), t(batch, hidden), t(batch, hidden) if lstm else None, t(rows, hidden), t(batch, hidden),
+        t(batch, hidden) if lstm else None, t(gates * hidden, hidden), None,
+        t(rows, 4 * hidden) if gated else None, t(rows, hidden) if lstm else None, None,
+        t(rows, gates * hidden), t(rows, hidden) if mode == 3 else None, t(batch, hidden),
+        t(batch, hidden) if lstm else None, None, steps, mode, False, **options,
+    )
