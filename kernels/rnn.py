@@ -19,8 +19,8 @@ import triton.language as tl
 
 from . import linear
 from .activation import RELU, TANH, activation_gradient, apply_activation, sigmoid, tanh
-from .common import Launch, device_limits
-from .linear import Tile, precision
+from .common import Launch, Plan, device_limits
+from .linear import Tile, is_wide, precision
 
 RNN_TANH = tl.constexpr(0)
 RNN_RELU = tl.constexpr(1)
@@ -425,14 +425,15 @@ def backward_kernel(
 
 # -------------------------------------------------------------------------------------------------------- block sizes
 
+# By precision, forward; a column is one gate's sum.
 TILES = {
     "half": (
         Tile(16, 16, 128, 4, 0.25),  # four units: a layer of 512 fills 128 multiprocessors
         Tile(16, 32, 128, 4, 0.5),
         Tile(16, 64, 128, 4, 0.5),
-        Tile(16, 256, 64, 8, 0.5),  # most sums for a state read once, where one program has all units
-        Tile(64, 32, 64, 4, 0.7),  # many sequences: the weights are read for 64 at a time
-        Tile(64, 128, 64, 4, 1.0),
+        Tile(16, 256, 64, 8, 0.5),  # the most sums for states read once, where one program has all units
+        Tile(64, 32, 64, 4, 0.7),  # many sequences share the weights that are read
+        Tile(64, 128, 64, 8, 1.0),
     ),
     "tf32": (
         Tile(16, 16, 64, 4, 0.25),
@@ -443,12 +444,36 @@ TILES = {
     ),
     "float32": (
         Tile(16, 16, 32, 4, 0.25),  # no tensor cores: a product at a time for each sum
-        Tile(16, 64, 32, 4, 1.0),
-        Tile(64, 32, 16, 4, 1.0),
+        Tile(16, 64, 32, 8, 1.0),
+        Tile(64, 32, 16, 8, 1.0),
     ),
     "float64": (
         Tile(16, 16, 16, 4, 0.5),
-        Tile(32, 32, 16, 4, 1.0),
+        Tile(32, 32, 16, 8, 1.0),
+    ),
+}
+# Backward; a column is a unit, and each has up to twelve numbers in registers.
+BACKWARD_TILES = {
+    "half": (
+        Tile(16, 16, 128, 4, 0.25),
+        Tile(16, 32, 128, 4, 0.5),
+        Tile(16, 128, 64, 8, 0.5),
+        Tile(64, 32, 64, 8, 0.7),
+    ),
+    "tf32": (
+        Tile(16, 16, 64, 4, 0.25),
+        Tile(16, 32, 64, 4, 0.5),
+        Tile(16, 64, 32, 8, 0.5),
+        Tile(64, 32, 32, 8, 0.7),
+    ),
+    "float32": (
+        Tile(16, 16, 32, 4, 0.25),
+        Tile(16, 64, 16, 8, 0.5),
+        Tile(32, 32, 16, 8, 1.0),
+    ),
+    "float64": (
+        Tile(16, 16, 16, 4, 0.5),
+        Tile(16, 32, 16, 8, 1.0),
     ),
 }
 # Of a multiprocessor, a clock: products of one sum, and bytes from L2 and from shared memory.
@@ -471,7 +496,18 @@ class Choice:
     stages: int
 
 
-def _stages(tile, element_size, device):
+def usable_tiles(dtype, allow_tf32, backward, wide):
+    """The tiles that choose chooses from."""
+    tiles = (BACKWARD_TILES if backward else TILES)[precision(dtype, allow_tf32)]
+    if wide:
+        return tiles
+    # What is read element by element has addresses of its own in registers.
+    most = 256 if backward else 512
+    return [replace(tile, depth=max(tile.depth // 2, 16)) for tile in tiles if tile.rows * tile.columns <= most]
+
+
+def stages_that_fit(tile, element_size, device):
+    """How deep the pipeline can be."""
     stage = (tile.rows + tile.columns) * tile.depth * element_size
     # A tile of sums goes through shared memory on its way to the gates.
     return min(MOST_STAGES, (device.shared_memory - tile.rows * tile.columns * 4 - 1024) // stage)
@@ -484,22 +520,22 @@ def resident_tile(columns, depth, kind, element_size, device):
         return None
     columns, depth = (max(triton.next_power_of_2(extent), 16) for extent in (columns, depth))
     tile = Tile(16, columns, depth, 4 if columns <= 128 else 8, 0.5)
-    shared = (columns + tile.rows) * depth * element_size + tile.rows * columns * 4
+    shared = (columns + tile.rows) * depth * element_size + tile.rows * columns * 2
     return tile if shared <= device.shared_memory - 4096 else None
 
 
 @functools.lru_cache(maxsize=4096)
-def choose(batch, columns, depth, dtype, allow_tf32, steps, resident, device):
+def choose(batch, columns, depth, dtype, allow_tf32, steps, backward, wide, resident, device):
     """The choice with the least estimated time for steps of (batch, depth) @ (depth, columns). Pure arithmetic.
 
-    steps: 1 for a cell; resident: whether weights may be kept.
+    steps: 1 for a cell; wide: all is read by 16 bytes; resident: whether weights may be kept.
     """
     kind, size = precision(dtype, allow_tf32), dtype.itemsize
     best = None
 
     def consider(tile, whole, is_resident):
         nonlocal best
-        stages = 1 if is_resident else _stages(tile, size, device)
+        stages = 1 if is_resident else stages_that_fit(tile, size, device)
         if stages < 1:
             return
         tiles, batches = triton.cdiv(columns, tile.columns), triton.cdiv(batch, tile.rows)
@@ -515,10 +551,10 @@ def choose(batch, columns, depth, dtype, allow_tf32, steps, resident, device):
         if best is None or clocks < best[0]:
             best = clocks, Choice(tile, whole, is_resident, stages)
 
-    for tile in TILES[kind]:
+    for tile in usable_tiles(dtype, allow_tf32, backward, wide):
         for whole in (False, True) if steps > 1 else (False,):
             consider(tile, whole, False)
-    kept = resident_tile(columns, depth, kind, size, device) if resident and steps > 1 else None
+    kept = resident_tile(columns, depth, kind, size, device) if wide and resident and steps > 1 else None
     if kept:
         consider(kept, True, True)
     return best[1]
@@ -571,7 +607,8 @@ def _steps(kernel, arguments, constants, phases, count, choice, allow_tf32, devi
         "PRECISION": "tf32" if kind == "tf32" else "ieee",
         "ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth, "RESIDENT": choice.resident,
     }  # fmt: skip
-    plan = replace(linear.plan(tile, kind, False, device), programs=1)
+    multiplies = arguments["weight_hh"] is not None
+    plan = replace(linear.plan(tile, kind, False, device), programs=1, limits_registers=True) if multiplies else Plan(access_bytes=16 if device.capability else 8)
     batches = triton.cdiv(arguments["batch"], tile.rows)
     launches = [
         Launch(
@@ -598,7 +635,9 @@ def forward_steps(
     (batch, state), gated = hx.shape, mode >= LSTM.value
     columns = weight_hh.shape[0] // (3 if mode == GRU.value else 1) * (4 if mode == GRU.value else 1)
     hidden = columns // 4 if gated else columns
-    choice = choice or choose(batch, columns, state, hx.dtype, allow_tf32, steps, weight_hr is None, device)
+    wide = all(is_wide(matrix) for matrix in (weight_hh, hx, output, weight_hr))
+    options = steps, False, wide, weight_hr is None, device
+    choice = choice or choose(batch, columns, state, hx.dtype, allow_tf32, *options)
     arguments = {
         "input": None, "weight_ih": None, "projected": projected, "hx": hx, "cx": cx,
         "weight_hh": weight_hh, "bias": bias_hn, "weight_hr": weight_hr, "starts": starts,
@@ -622,7 +661,9 @@ def backward_steps(
     device = device or device_limits(hx.device)
     (batch, state), depth = hx.shape, weight_hh.shape[0]
     hidden = depth // (1, 1, 4, 3)[mode]
-    choice = choice or choose(batch, state, depth, hx.dtype, allow_tf32, steps, weight_hr is None, device)
+    wide = all(is_wide(matrix) for matrix in (weight_hh, grad_projected, weight_hr))
+    options = steps, True, wide, weight_hr is None, device
+    choice = choice or choose(batch, state, depth, hx.dtype, allow_tf32, *options)
     arguments = {
         "grad_output": grad_output, "grad_h_n": grad_h_n, "grad_c_n": grad_c_n, "output": output, "hx": hx, "cx": cx,
         "weight_hh": weight_hh, "weight_hr": weight_hr, "gates": gates, "cells": cells, "starts": starts,
@@ -646,7 +687,8 @@ def cell_steps(
     (batch, hidden), gated = hx.shape, mode >= LSTM.value
     columns = hidden * 4 if gated else hidden
     depth = hidden + input.shape[1]
-    choice = choice or choose(batch, columns, depth, hx.dtype, allow_tf32, 1, False, device)
+    wide = all(is_wide(matrix) for matrix in (input, hx, weight_ih, weight_hh))
+    choice = choice or choose(batch, columns, depth, hx.dtype, allow_tf32, 1, False, wide, False, device)
     arguments = {
         "input": input, "weight_ih": weight_ih, "projected": bias_ih, "hx": hx, "cx": cx,
         "weight_hh": weight_hh, "bias": bias_hh, "weight_hr": None, "starts": None,
@@ -657,8 +699,8 @@ def cell_steps(
     return _steps(forward_kernel, arguments, {"MODE": mode, "REVERSE": False}, phases, 1, choice, allow_tf32, device)
 
 
-# Elements of a program that only takes gradients of gates: at most 16 arrays of them at once in registers.
-CELL_TILE = Tile(8, 64, 16, 4, 1.0)
+# By element size, of a program that only takes the gates' gradients: 16 bytes of each array a thread.
+CELL_TILES = {2: Tile(16, 64, 16, 4, 1.0), 4: Tile(8, 64, 16, 4, 1.0), 8: Tile(4, 64, 16, 4, 1.0)}
 
 
 def cell_backward_steps(
@@ -674,8 +716,8 @@ def cell_backward_steps(
         "grad_h": None, "carry": direct if mode == GRU.value else grad_cx,
         "batch": batch, "steps": 1, "hidden": hidden, "state": hidden,
     }  # fmt: skip
-    choice = Choice(CELL_TILE, False, False, 1)
-    phases = [(GATES.value, triton.cdiv(hidden, CELL_TILE.columns))]
+    choice = Choice(CELL_TILES[hx.element_size()], False, False, 1)
+    phases = [(GATES.value, triton.cdiv(hidden, choice.tile.columns))]
     return _steps(backward_kernel, arguments, {"MODE": mode, "REVERSE": False}, phases, 1, choice, False, device)
 
 
@@ -717,66 +759,66 @@ def recurrent_cell_backward(*tensors_and_mode):
     cell_backward_steps(*tensors_and_mode).run()
 
 
+DIRECTIONS = ("forward", "backward")
+
+
 def compile_targets(device, every=True):
-    """By name, the launches to compile for a device, to look at their machine code."""
+    """By name, the launches to compile for a device, to look at their machine code: a step of an LSTM and of a cell, and
+    weights kept; with every all tiles and dtypes, with the loop over steps, which takes more registers."""
     launches = {}
 
-    def add(name, launch_list):
-        for launch in launch_list:
-            launches[name + (f" phase {launch.constants['PHASE']}" if len(launch_list) > 1 else "")] = launch
+    def add(name, dtype, mode_name, direction, choice, hidden=1024, allow_tf32=False, cell=False):
+        options = {"allow_tf32": allow_tf32, "device": device, "choice": choice}
+        found = _example(dtype, ("rnn", None, "lstm", "gru").index(mode_name), direction, hidden, cell, options)
+        name = f"{direction} {'tf32' if allow_tf32 else str(dtype).removeprefix('torch.')} {mode_name} {name}"
+        for position, launch in enumerate(found.launches):
+            launches[f"{name} {position}" if len(found.launches) > 1 else name] = launch
 
-    modes = {"rnn": 0, "lstm": 2, "gru": 3}
-    for dtype, allow_tf32 in (
-        (torch.bfloat16, False), (torch.float16, False), (torch.float32, True), (torch.float32, False),
-        (torch.float64, False),
-    ):  # fmt: skip
-        kind = precision(dtype, allow_tf32)
-        for mode_name, mode in modes.items():
-            for choice_name, choice, hidden in _example_choices(kind, dtype, mode, allow_tf32, device):
-                label = f"{'tf32' if allow_tf32 else str(dtype).removeprefix('torch.')} {mode_name} {choice_name}"
-                options = {"allow_tf32": allow_tf32, "device": device, "choice": choice}
-                add("forward " + label, _example_forward(dtype, mode, hidden, **options).launches)
-                add("backward " + label, _example_backward(dtype, mode, hidden, **options).launches)
+    modes = ("rnn", "lstm", "gru")
+    for direction in DIRECTIONS:
+        for dtype, allow_tf32 in (
+            (torch.bfloat16, False), (torch.float16, False), (torch.float32, True), (torch.float32, False),
+            (torch.float64, False),
+        ):  # fmt: skip
+            kind, size = precision(dtype, allow_tf32), dtype.itemsize
+            for mode_name in modes:
+                for wide, hidden in ((True, 1024), (False, 1000)):
+                    for tile in usable_tiles(dtype, allow_tf32, direction == "backward", wide):
+                        choice = Choice(tile, True, False, stages_that_fit(tile, size, device))
+                        name = f"{tile.rows}x{tile.columns}x{tile.depth} {'' if wide else 'un'}aligned"
+                        add(name, dtype, mode_name, direction, choice, hidden, allow_tf32)
+                for hidden in (32, 64, 128):
+                    extents = hidden * (1 if mode_name == "rnn" else 4), hidden
+                    columns, depth = extents if direction == "forward" else extents[::-1]
+                    tile = resident_tile(columns, depth, kind, size, device)
+                    if tile:
+                        add(f"kept {hidden}", dtype, mode_name, direction, Choice(tile, True, True, 1), hidden, allow_tf32)
+                add("cell", dtype, mode_name, direction, None, 1024, allow_tf32, True)
+                add("step", dtype, mode_name, direction, None, 1024, allow_tf32)
     return launches
 
 
-def _example_choices(kind, dtype, mode, allow_tf32, device):
-    for tile in TILES[kind]:
-        for whole in (False, True):
-            yield f"{tile.rows}x{tile.columns} {'whole' if whole else 'step'}", Choice(tile, whole, False, _stages(tile, dtype.itemsize, device)), 1024
-    for hidden in (32, 64, 128):
-        tile = resident_tile(hidden * 4, hidden, kind, dtype.itemsize, device)
-        if tile:
-            yield f"resident {hidden}", Choice(tile, True, True, 1), hidden
+def _example(dtype, mode, direction, hidden, cell, options, batch=32, steps=16):
+    """The launches of a layer or a cell."""
+    columns, rows, state = hidden * (1, 1, 4, 3)[mode], batch if cell else batch * steps, (batch, hidden)
 
+    def tensor(*shape, given=True):
+        return torch.empty(shape, dtype=dtype, device="meta") if given else None
 
-def _meta(dtype, *shape):
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def _example_forward(dtype, mode, hidden, batch=32, steps=16, **options):
-    gates, rows = (1, 1, 4, 3)[mode], batch * steps
-    t = functools.partial(_meta, dtype)
-    lstm, gated = mode == 2, mode >= 2
-    return forward_steps(
-        t(rows, gates * hidden), t(batch, hidden), t(batch, hidden) if lstm else None, t(gates * hidden, hidden),
-        t(hidden) if mode == 3 else None, None, None, t(rows, hidden), t(batch, hidden),
-        t(batch, hidden) if lstm else None, t(rows, 4 * hidden) if gated else None, t(rows, hidden) if lstm else None,
-        steps, mode, False, **options,
-    )
-
-
-def _example_backward(dtype, mode, hidden, batch=32, steps=16, **options):
-    gates, rows = (1, 1, 4, 3)[mode], batch * steps
-    t = functools.partial(_meta, dtype)
-    lstm, gated = mode == 2, mode >= 2
-    if options["choice"].resident:
-        tile = options["choice"].tile
-        options["choice"] = replace(options["choice"], tile=replace(tile, columns=tile.depth, depth=tile.columns))
-    return backward_steps(
-        t(rows, hidden), t(batch, hidden), t(batch, hidden) if lstm else None, t(rows, hidden), t(batch, hidden),
-        t(batch, hidden) if lstm else None, t(gates * hidden, hidden), None,
-        t(rows, 4 * hidden) if gated else None, t(rows, hidden) if lstm else None, None,
-        t(rows, gates * hidden), t(rows, hidden) if mode == 3 else None, t(batch, hidden),
-        t(batch, hidden) if lstm else None, None, steps, mode, False, **options,
-    )
+    is_lstm, is_gru = mode == LSTM.value, mode == GRU.value
+    h, c, projected = tensor(*state), tensor(*state, given=is_lstm), tensor(rows, columns)
+    gates, weight = tensor(rows, 4 * hidden, given=mode >= LSTM.value), tensor(columns, hidden)
+    output, cells, bias = tensor(rows, hidden), tensor(rows, hidden, given=is_lstm), tensor(columns)
+    if cell and direction == "forward":
+        return cell_steps(h, h, c, weight, weight, bias, bias, h, c, gates, mode, **options)
+    if cell:
+        own = {"device": options["device"]}
+        q, direct = tensor(rows, columns, given=is_gru), tensor(*state, given=is_gru)
+        return cell_backward_steps(h, c, h, c, h, c, gates, projected, q, direct, c, mode, **own)
+    if direction == "forward":
+        bias = tensor(hidden, given=is_gru)
+        results = output, h, c, gates, cells
+        return forward_steps(projected, h, c, weight, bias, None, None, *results, steps, mode, False, **options)
+    inputs = output, h, c, output, h, c, weight, None, gates, cells, None
+    results = projected, tensor(rows, hidden, given=is_gru), h, c, None
+    return backward_steps(*inputs, *results, steps, mode, False, **options)
