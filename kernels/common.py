@@ -61,7 +61,8 @@ class Launch:
     plan: Plan = Plan()
 
     def run(self):
-        self.kernel[self.grid](**self.arguments, **self.constants, **self.options())
+        """Runs it; returns the compiled kernel, or None in the interpreter."""
+        return self.kernel[self.grid](**self.arguments, **self.constants, **self.options())
 
     def options(self):
         """The compiler's. Told the registers that the planned programs leave, ptxas takes them; else it would rather

@@ -28,6 +28,8 @@ LSTM = tl.constexpr(2)
 GRU = tl.constexpr(3)
 PROJECTION = tl.constexpr(-1)  # of an LSTM's h, a product without gates
 
+MODE_NAMES = ("rnn", "rnn relu", "lstm", "gru")
+
 # What a launch makes of a step: a projection needs all units before, so where a step is a launch it is one of its own.
 ALL = tl.constexpr(0)
 GATES = tl.constexpr(1)
@@ -501,9 +503,10 @@ def usable_tiles(dtype, allow_tf32, backward, wide):
     tiles = (BACKWARD_TILES if backward else TILES)[precision(dtype, allow_tf32)]
     if wide:
         return tiles
-    # What is read element by element has addresses of its own in registers.
-    most = 256 if backward else 512
-    return [replace(tile, depth=max(tile.depth // 2, 16)) for tile in tiles if tile.rows * tile.columns <= most]
+    # What is read element by element has addresses of its own in registers: so many bytes a thread.
+    most = 40 if backward else 48
+    tiles = [replace(tile, depth=max(tile.depth // 2, 16)) for tile in tiles if tile.rows == 16]
+    return [t for t in tiles if (t.rows + t.columns) * t.depth * dtype.itemsize <= most * t.warps * 32]
 
 
 def stages_that_fit(tile, element_size, device):
@@ -565,36 +568,28 @@ def choose(batch, columns, depth, dtype, allow_tf32, steps, backward, wide, resi
 
 @dataclass(frozen=True)
 class Steps:
-    """Launches that follow each other, for every value of their argument ``step`` up to ``count``."""
+    """Launches that follow each other, once for each value of their argument ``step`` up to ``count``."""
 
-    launches: tuple
+    launches: list
     count: int
 
     def run(self):
-        """Looks a launch up once: finding its code anew costs more than the step."""
-        found = [(launch, launch.run()) for launch in self.launches]
-        repeats = [_Repeat(launch, code) for launch, code in found] if self.count > 1 else []
+        """Finds a launch's compiled kernel once: to find it anew takes longer than a step."""
+        compiled = [launch.run() for launch in self.launches]
+        repeats = [_repeat(*pair) for pair in zip(self.launches, compiled, strict=True)] if self.count > 1 else []
         for step in range(1, self.count):
             for repeat in repeats:
-                repeat.run(step)
+                repeat(step)
 
 
-class _Repeat:
-    """A launch run again with another ``step``, which its code is not specialised for."""
-
-    def __init__(self, launch, code):
-        self.launch, self.code = launch, code
-        names = launch.kernel.arg_names
-        values = launch.arguments | launch.constants
-        self.values, self.position = [values[name] for name in names], names.index("step")
-        self.grid = (*launch.grid, 1)
-
-    def run(self, step):
-        self.values[self.position] = step
-        if self.code is None:  # in the interpreter
-            replace(self.launch, arguments=self.launch.arguments | {"step": step}).run()
-        else:
-            self.code[self.grid](*self.values)
+def _repeat(launch, compiled):
+    """Runs a launch with another ``step``, for which its code is not specialised."""
+    if compiled is None:  # in the interpreter
+        return lambda step: replace(launch, arguments=launch.arguments | {"step": step}).run()
+    names, values, run = launch.kernel.arg_names, launch.arguments | launch.constants, compiled[(*launch.grid, 1)]
+    position = names.index("step")
+    first, rest = [values[name] for name in names[:position]], [values[name] for name in names[position + 1 :]]
+    return lambda step: run(*first, step, *rest)
 
 
 def _steps(kernel, arguments, constants, phases, count, choice, allow_tf32, device):
@@ -608,7 +603,11 @@ def _steps(kernel, arguments, constants, phases, count, choice, allow_tf32, devi
         "ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth, "RESIDENT": choice.resident,
     }  # fmt: skip
     multiplies = arguments["weight_hh"] is not None
-    plan = replace(linear.plan(tile, kind, False, device), programs=1, limits_registers=True) if multiplies else Plan(access_bytes=16 if device.capability else 8)
+    plan = (
+        replace(linear.plan(tile, kind, False, device), programs=1, limits_registers=True)
+        if multiplies
+        else Plan(access_bytes=16 if device.capability else 8)
+    )
     batches = triton.cdiv(arguments["batch"], tile.rows)
     launches = [
         Launch(
@@ -759,46 +758,50 @@ def recurrent_cell_backward(*tensors_and_mode):
     cell_backward_steps(*tensors_and_mode).run()
 
 
-DIRECTIONS = ("forward", "backward")
-
-
 def compile_targets(device, every=True):
-    """By name, the launches to compile for a device, to look at their machine code: a step of an LSTM and of a cell, and
-    weights kept; with every all tiles and dtypes, with the loop over steps, which takes more registers."""
+    """By name, the launches to compile for a device, to look at their machine code: of an LSTM in bfloat16 one step, a
+    cell, and the loop over steps with its weights kept; with every that loop, which takes more registers than a step,
+    with each tile, and all modes, or in other dtypes the LSTM."""
     launches = {}
 
-    def add(name, dtype, mode_name, direction, choice, hidden=1024, allow_tf32=False, cell=False):
+    def add(name, direction, dtype, mode, hidden, choice=None, cell=False, allow_tf32=False):
         options = {"allow_tf32": allow_tf32, "device": device, "choice": choice}
-        found = _example(dtype, ("rnn", None, "lstm", "gru").index(mode_name), direction, hidden, cell, options)
-        name = f"{direction} {'tf32' if allow_tf32 else str(dtype).removeprefix('torch.')} {mode_name} {name}"
-        for position, launch in enumerate(found.launches):
-            launches[f"{name} {position}" if len(found.launches) > 1 else name] = launch
+        precision_name = "tf32" if allow_tf32 else str(dtype).removeprefix("torch.")
+        found = _example(direction, dtype, mode, hidden, cell, options)
+        for launch in found.launches:
+            launches[f"{direction} {precision_name} {MODE_NAMES[mode]} {name}"] = launch
 
-    modes = ("rnn", "lstm", "gru")
-    for direction in DIRECTIONS:
+    def add_kept(direction, dtype, mode, hidden, allow_tf32=False):
+        extents = hidden * (4 if mode >= LSTM.value else 1), hidden
+        kind = precision(dtype, allow_tf32)
+        columns, depth = extents if direction == "forward" else extents[::-1]
+        if tile := resident_tile(columns, depth, kind, dtype.itemsize, device):
+            add(f"kept {hidden}", direction, dtype, mode, hidden, Choice(tile, True, True, 1), allow_tf32=allow_tf32)
+
+    for direction in ("forward", "backward"):
         for dtype, allow_tf32 in (
             (torch.bfloat16, False), (torch.float16, False), (torch.float32, True), (torch.float32, False),
             (torch.float64, False),
         ):  # fmt: skip
-            kind, size = precision(dtype, allow_tf32), dtype.itemsize
-            for mode_name in modes:
-                for wide, hidden in ((True, 1024), (False, 1000)):
-                    for tile in usable_tiles(dtype, allow_tf32, direction == "backward", wide):
-                        choice = Choice(tile, True, False, stages_that_fit(tile, size, device))
-                        name = f"{tile.rows}x{tile.columns}x{tile.depth} {'' if wide else 'un'}aligned"
-                        add(name, dtype, mode_name, direction, choice, hidden, allow_tf32)
-                for hidden in (32, 64, 128):
-                    extents = hidden * (1 if mode_name == "rnn" else 4), hidden
-                    columns, depth = extents if direction == "forward" else extents[::-1]
-                    tile = resident_tile(columns, depth, kind, size, device)
-                    if tile:
-                        add(f"kept {hidden}", dtype, mode_name, direction, Choice(tile, True, True, 1), hidden, allow_tf32)
-                add("cell", dtype, mode_name, direction, None, 1024, allow_tf32, True)
-                add("step", dtype, mode_name, direction, None, 1024, allow_tf32)
+            plain = dtype == torch.bfloat16
+            if plain:
+                add("step", direction, dtype, LSTM.value, 1024)
+            if plain or every:
+                add("cell", direction, dtype, LSTM.value, 1024, cell=True, allow_tf32=allow_tf32)
+                add_kept(direction, dtype, LSTM.value, 64, allow_tf32)
+            for mode in (RNN_TANH.value, LSTM.value, GRU.value) if plain else (LSTM.value,):
+                if not every:
+                    continue
+                add_kept(direction, dtype, mode, 128, allow_tf32)
+                for aligned, hidden in ((True, 1024), (False, 1000)):
+                    for tile in usable_tiles(dtype, allow_tf32, direction == "backward", aligned):
+                        choice = Choice(tile, True, False, stages_that_fit(tile, dtype.itemsize, device))
+                        name = f"{tile.rows}x{tile.columns}x{tile.depth}" + " unaligned" * (not aligned)
+                        add(name, direction, dtype, mode, hidden, choice, allow_tf32=allow_tf32)
     return launches
 
 
-def _example(dtype, mode, direction, hidden, cell, options, batch=32, steps=16):
+def _example(direction, dtype, mode, hidden, cell, options, batch=32, steps=16):
     """The launches of a layer or a cell."""
     columns, rows, state = hidden * (1, 1, 4, 3)[mode], batch if cell else batch * steps, (batch, hidden)
 

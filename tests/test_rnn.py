@@ -310,7 +310,7 @@ def test_nan_and_infinity_pass_as_in_torch(backend, kind):
 
 @pytest.mark.parametrize("backend", [b for b in BACKENDS if plain(b) != "torch"])
 def test_repeats_are_bit_equal(backend):
-    _, ours = pair("LSTM", (9, 40), num_layers=2, bidirectional=True)
+    _, ours = pair("LSTM", (9, 12 if backend == "triton" and backend in SLOW else 40), num_layers=2, bidirectional=True)
     ours.to(device(backend))
     x = torch.randn(5, 6, 9, device=device(backend))
     runs = []
