@@ -345,7 +345,7 @@ def cuda_codes(target: Target, source: Path) -> dict[str, Code]:
 
 def _built(source: Path, headers: list[Path], options: list[str]) -> tuple[Path, Path] | None:
     """The PTX and the cubin that setup.py left of a build with these options, unless something is newer."""
-    stamp = OBJECTS / f"cuda-{source.stem}.command"
+    stamp = OBJECTS / f"cuda-{source.stem}.stamp"
     if not stamp.exists() or stamp.stat().st_mtime < max(path.stat().st_mtime for path in (source, *headers)):
         return None
     if not set(options) <= set(shlex.split(stamp.read_text())):

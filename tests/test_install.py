@@ -117,11 +117,9 @@ def lend_objects(source: Path) -> None:
     if not ours.exists():
         return
     shutil.copytree(ours, theirs)
-    for path in [*theirs.glob("*.command"), *theirs.glob("*.d")]:
+    for path in [*theirs.glob("*.stamp"), *theirs.glob("*.d")]:
         text = path.read_text().replace(str(ROOT), str(source))
         path.write_text(text.replace(" -Werror all-warnings", "").replace(" -Werror", ""))
-    for path in theirs.glob("*.o"):
-        path.touch()
 
 
 def copy_of_source(target: Path) -> Path:
