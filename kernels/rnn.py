@@ -153,8 +153,8 @@ def forward_tile(
     continues, ended = mask & began[:, None], mask & (sequence >= next_count)[:, None]
     at = number[:, None] * hidden + unit  # in (B, H)
     at_row = row * hidden + at
-    parity = tl.cast(index % 2, tl.int64) * batch * hidden
-    read, written = batch * hidden - parity + at, parity + at
+    parity = tl.cast(index % 2, tl.int64)
+    read, written = (1 - parity) * batch * hidden + at, parity * batch * hidden + at
 
     # All of this is read before the products, beside which its latency passes.
     SUMS: tl.constexpr = 4 if MODE == LSTM else 3 if MODE == GRU else 1
@@ -299,8 +299,8 @@ def backward_tile(
     finished = came & ~active
     at = number[:, None] * width + unit
     at_row = row * width + at
-    parity = tl.cast(index % 2, tl.int64) * batch * width
-    read, written = batch * width - parity + at, parity + at
+    parity = tl.cast(index % 2, tl.int64)
+    read, written = (1 - parity) * batch * width + at, parity * batch * width + at
 
     # All of this is read before the products, beside which its latency passes.
     if OF_STATE:
@@ -355,7 +355,7 @@ def backward_tile(
             store_as(grad_projected, at_projected, grad_r, mask)
             store_as(grad_projected, at_projected + width, grad_z, mask)
             store_as(grad_projected, at_projected + 2 * width, grad_n, mask)
-            at_products = (tl.cast(index % 2, tl.int64) * batch + number)[:, None] * (3 * width) + unit
+            at_products = (parity * batch + number)[:, None] * (3 * width) + unit
             store_as(grad_products, at_products, grad_r, mask)
             store_as(grad_products, at_products + width, grad_z, mask)
             store_as(grad_products, at_products + 2 * width, grad_n * first, mask)
@@ -761,15 +761,14 @@ def recurrent_cell_backward(*tensors_and_mode):
 def compile_targets(device, every=True):
     """By name, the launches to compile for a device, to look at their machine code: of an LSTM in bfloat16 one step, a
     cell, and the loop over steps with its weights kept; with every that loop, which takes more registers than a step,
-    with each tile, and all modes, or in other dtypes the LSTM."""
+    with each tile, and all modes and projections, or in other dtypes the LSTM."""
     launches = {}
 
-    def add(name, direction, dtype, mode, hidden, choice=None, cell=False, allow_tf32=False):
+    def add(name, direction, dtype, mode, hidden, choice=None, kind="layer", allow_tf32=False):
         options = {"allow_tf32": allow_tf32, "device": device, "choice": choice}
         precision_name = "tf32" if allow_tf32 else str(dtype).removeprefix("torch.")
-        found = _example(direction, dtype, mode, hidden, cell, options)
-        for launch in found.launches:
-            launches[f"{direction} {precision_name} {MODE_NAMES[mode]} {name}"] = launch
+        (launch,) = _example(direction, dtype, mode, hidden, kind, options).launches
+        launches[f"{direction} {precision_name} {MODE_NAMES[mode]} {name}"] = launch
 
     def add_kept(direction, dtype, mode, hidden, allow_tf32=False):
         extents = hidden * (4 if mode >= LSTM.value else 1), hidden
@@ -787,7 +786,7 @@ def compile_targets(device, every=True):
             if plain:
                 add("step", direction, dtype, LSTM.value, 1024)
             if plain or every:
-                add("cell", direction, dtype, LSTM.value, 1024, cell=True, allow_tf32=allow_tf32)
+                add("cell", direction, dtype, LSTM.value, 1024, kind="cell", allow_tf32=allow_tf32)
                 add_kept(direction, dtype, LSTM.value, 64, allow_tf32)
             for mode in (RNN_TANH.value, LSTM.value, GRU.value) if plain else (LSTM.value,):
                 if not every:
@@ -798,30 +797,34 @@ def compile_targets(device, every=True):
                         choice = Choice(tile, True, False, stages_that_fit(tile, dtype.itemsize, device))
                         name = f"{tile.rows}x{tile.columns}x{tile.depth}" + " unaligned" * (not aligned)
                         add(name, direction, dtype, mode, hidden, choice, allow_tf32=allow_tf32)
+                        if plain and mode == LSTM.value:
+                            add(f"{name} projected", direction, dtype, mode, hidden, choice, kind="projected")
     return launches
 
 
-def _example(direction, dtype, mode, hidden, cell, options, batch=32, steps=16):
-    """The launches of a layer or a cell."""
-    columns, rows, state = hidden * (1, 1, 4, 3)[mode], batch if cell else batch * steps, (batch, hidden)
+def _example(direction, dtype, mode, hidden, kind, options, batch=32, steps=16):
+    """The launches of a layer, of a packed one with a projection, or of a cell."""
+    rows, state = batch if kind == "cell" else batch * steps, (batch, hidden)
+    is_lstm, is_gru = mode == LSTM.value, mode == GRU.value
+    columns = hidden * (1, 1, 4, 3)[mode]
 
     def tensor(*shape, given=True):
         return torch.empty(shape, dtype=dtype, device="meta") if given else None
 
-    is_lstm, is_gru = mode == LSTM.value, mode == GRU.value
-    h, c, projected = tensor(*state), tensor(*state, given=is_lstm), tensor(rows, columns)
-    gates, weight = tensor(rows, 4 * hidden, given=mode >= LSTM.value), tensor(columns, hidden)
-    output, cells, bias = tensor(rows, hidden), tensor(rows, hidden, given=is_lstm), tensor(columns)
-    if cell and direction == "forward":
+    h, c, grad_projected = tensor(*state), tensor(*state, given=is_lstm), tensor(rows, columns)
+    weight, bias = tensor(columns, hidden), tensor(columns)
+    output, gates = tensor(rows, hidden), tensor(rows, 4 * hidden, given=mode >= LSTM.value)
+    cells, grad_q = tensor(rows, hidden, given=is_lstm), tensor(rows, hidden, given=is_gru)
+    if kind == "cell" and direction == "forward":
         return cell_steps(h, h, c, weight, weight, bias, bias, h, c, gates, mode, **options)
-    if cell:
-        own = {"device": options["device"]}
-        q, direct = tensor(rows, columns, given=is_gru), tensor(*state, given=is_gru)
-        return cell_backward_steps(h, c, h, c, h, c, gates, projected, q, direct, c, mode, **own)
+    if kind == "cell":
+        grads = grad_projected, tensor(rows, columns, given=is_gru), grad_q, c
+        return cell_backward_steps(h, c, h, c, h, c, gates, *grads, mode, device=options["device"])
+    weight_hr = tensor(hidden, hidden, given=kind == "projected")
+    starts = torch.empty(steps + 1, dtype=torch.int64, device="meta") if kind == "projected" else None
     if direction == "forward":
-        bias = tensor(hidden, given=is_gru)
-        results = output, h, c, gates, cells
-        return forward_steps(projected, h, c, weight, bias, None, None, *results, steps, mode, False, **options)
-    inputs = output, h, c, output, h, c, weight, None, gates, cells, None
-    results = projected, tensor(rows, hidden, given=is_gru), h, c, None
-    return backward_steps(*inputs, *results, steps, mode, False, **options)
+        inputs = grad_projected, h, c, weight, tensor(hidden, given=is_gru), weight_hr, starts
+        return forward_steps(*inputs, output, h, c, gates, cells, steps, mode, False, **options)
+    inputs = output, h, c, output, h, c, weight, weight_hr, gates, cells, starts
+    grads = grad_projected, grad_q, h, c, None if weight_hr is None else output
+    return backward_steps(*inputs, *grads, steps, mode, False, **options)

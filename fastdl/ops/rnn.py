@@ -999,9 +999,8 @@ def _recurrence_triton(
 ) -> tuple[Tensor, ...]:
     from fastdl.kernels import rnn as kernels
 
-    inputs: Any = projected, hx, cx, weight_hh, bias_hn, weight_hr
     if projected.numel() == 0:
-        return reference(*inputs, batch_sizes, steps, mode, reverse, save)
+        return reference(projected, hx, cx, weight_hh, bias_hn, weight_hr, batch_sizes, steps, mode, reverse, save)
     rows, hidden = projected.shape[0], weight_hh.shape[0] // GATES[mode]
     results = (
         projected.new_empty((rows, hx.shape[1])),
@@ -1010,7 +1009,7 @@ def _recurrence_triton(
         projected.new_empty((rows, 4 * hidden)) if save and mode >= LSTM else None,
         projected.new_empty((rows, hidden)) if save and mode == LSTM else None,
     )
-    inputs = *_contiguous(*inputs), _starts(batch_sizes, hx)
+    inputs = *_contiguous(projected, hx, cx, weight_hh, bias_hn, weight_hr), _starts(batch_sizes, hx)
     kernels.recurrence(*inputs, *results, steps, mode, reverse, allow_tf32=_allow_tf32(hx))
     return _results(results)
 
@@ -1040,9 +1039,10 @@ def _recurrence_backward_triton(
 ) -> tuple[Tensor, ...]:
     from fastdl.kernels import rnn as kernels
 
-    inputs: Any = grad_output, grad_h_n, grad_c_n, output, hx, cx, weight_hh, weight_hr, gates, cells
+    tensors: Any = grad_output, grad_h_n, grad_c_n, output, hx, cx, weight_hh, weight_hr, gates, cells
+    arguments = *tensors, batch_sizes, steps, mode, reverse
     if output.numel() == 0:
-        return reference_backward(*inputs, batch_sizes, steps, mode, reverse)
+        return reference_backward(*arguments)
     rows, columns = output.shape[0], weight_hh.shape[0]
     results = (
         output.new_empty((rows, columns)),
@@ -1051,7 +1051,7 @@ def _recurrence_backward_triton(
         None if cx is None else cx.new_empty(cx.shape),
         None if weight_hr is None else output.new_empty(output.shape),
     )
-    inputs = *_contiguous(*inputs), _starts(batch_sizes, hx)
+    inputs = *_contiguous(*tensors), _starts(batch_sizes, hx)
     kernels.recurrence_backward(*inputs, *results, steps, mode, reverse, allow_tf32=_allow_tf32(hx))
     return _results(results)
 
