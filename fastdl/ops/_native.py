@@ -42,6 +42,12 @@ def empty_like(tensor: Tensor, memory_format: torch.memory_format) -> Tensor:
     return huge_pages(torch.empty_like(tensor, memory_format=memory_format))
 
 
+def allow_tf32(tensor: Tensor, family: str) -> bool:
+    """Whether torch's switch for "conv" or "rnn" on the tensor's device allows TF32; a CPU's is for tests."""
+    library: Any = torch.backends.cudnn if tensor.is_cuda else torch.backends.mkldnn
+    return bool(getattr(library, family).fp32_precision == "tf32")
+
+
 def workspace(bytes_: int, like: Tensor) -> Tensor | None:
     """Uninitialised memory for a kernel on ``like``'s device, or None for 0 bytes."""
     return torch.empty(bytes_, dtype=torch.uint8, device=like.device) if bytes_ else None

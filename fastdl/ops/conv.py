@@ -605,12 +605,6 @@ _add("cpu", _cpu_forward, _cpu_backward, _CPU_NOTE)
 # ------------------------------------------------------------------------------------------------------------- triton
 
 
-def _allow_tf32(tensor: Tensor) -> bool:
-    """As torch's switch for the device says; a CPU's is for the emulator."""
-    library = torch.backends.cudnn if tensor.is_cuda else torch.backends.mkldnn
-    return bool(library.conv.fp32_precision == "tf32")
-
-
 def _triton_forward(
     input: Tensor,
     weight: Tensor,
@@ -629,7 +623,7 @@ def _triton_forward(
     y = _empty(shape, input, memory_format(input, weight))
     z = torch.empty_like(y) if preactivation else None
     arguments = stride, padding, dilation, groups, kind, parameter
-    kernels.conv(input, weight, bias, y, z, *arguments, allow_tf32=_allow_tf32(input))
+    kernels.conv(input, weight, bias, y, z, *arguments, allow_tf32=_native.allow_tf32(input, "conv"))
     return y, z
 
 
@@ -651,15 +645,16 @@ def _triton_backward(
     if saved is not None:  # once: inside the products each tap would take the activation's gradient again
         grad_output = ACTIVATION_BACKWARD.implementations["triton"](grad_output, saved, kind, parameter)
     format, geometry = memory_format(input, weight), (stride, padding, dilation, groups)
+    tf32 = _native.allow_tf32(grad_output, "conv")
     grad_input = _empty(input.shape, grad_output, format) if needs[0] else None
     grad_weight = _empty(weight.shape, grad_output, format) if needs[1] else None
     grad_bias = grad_output.new_empty(weight.shape[:1]) if needs[2] else None
     if grad_input is not None:
-        kernels.conv_input_gradient(grad_output, weight, grad_input, *geometry, allow_tf32=_allow_tf32(grad_output))
-    if needs[1] or needs[2]:
-        kernels.conv_weight_gradient(
-            grad_output, input, grad_weight, grad_bias, *geometry, allow_tf32=_allow_tf32(grad_output)
+        kernels.conv_input_gradient(
+            grad_output, weight, grad_input, *geometry, allow_tf32=_native.allow_tf32(grad_output, "conv")
         )
+    if needs[1] or needs[2]:
+        kernels.conv_weight_gradient(grad_output, input, grad_weight, grad_bias, *geometry, allow_tf32=tf32)
     return [gradient for gradient in (grad_input, grad_weight, grad_bias) if gradient is not None]
 
 
@@ -706,7 +701,7 @@ def _cuda_forward(
     preactivation: bool,
 ) -> tuple[Tensor, Tensor | None]:
     format, shape = memory_format(input, weight), _output_shape(input, weight, stride, padding, dilation)
-    tf32 = _allow_tf32(input)
+    tf32 = _native.allow_tf32(input, "conv")
     if _is_product(input, input, weight, stride, padding, groups):
         rows, z = linear.cuda_forward(_pixels(input), weight.flatten(1), bias, kind, parameter, preactivation, tf32)
         return _image(rows, shape), None if z is None else _image(z, shape)
@@ -746,7 +741,7 @@ def _cuda_backward(
     parameter: float,
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    format, tf32 = memory_format(input, weight), _allow_tf32(grad_output)
+    format, tf32 = memory_format(input, weight), _native.allow_tf32(grad_output, "conv")
     is_product = _is_product(grad_output, input, weight, stride, padding, groups)
     if is_product and (not needs[1] or _is_product(input, input, weight, stride, padding, groups)):
         x, w = _pixels(input) if needs[1] else None, weight.flatten(1) if needs[0] else None

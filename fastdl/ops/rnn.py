@@ -767,12 +767,6 @@ def _cell_gradients(
 # --------------------------------------------------------------------------------------------------------------- cuda
 
 
-def _allow_tf32(tensor: Tensor) -> bool:
-    """As torch's switch for recurrent layers on the device says; a CPU's is for the emulator."""
-    library: Any = torch.backends.cudnn if tensor.is_cuda else torch.backends.mkldnn
-    return bool(library.rnn.fp32_precision == "tf32")
-
-
 def _whole_rows(matrix: Tensor | None) -> tuple[Tensor | None, tuple[int, int]]:
     """A matrix's rows as the kernels read them, (address, stride), and the tensor that holds them.
 
@@ -843,7 +837,7 @@ def _recurrence_cuda(
         hidden,
         state,
         reverse,
-        _allow_tf32(projected),
+        _native.allow_tf32(projected, "rnn"),
         0,
         _native.address(workspace),
         _native.context(projected),
@@ -905,7 +899,7 @@ def _recurrence_backward_cuda(
         hidden,
         state,
         reverse,
-        _allow_tf32(output),
+        _native.allow_tf32(output, "rnn"),
         0,
         _native.address(workspace),
         _native.context(output),
@@ -972,12 +966,6 @@ def _recurrent_cell_backward_cuda(
 # ------------------------------------------------------------------------------------------------------------- triton
 
 
-def _allow_tf32(tensor: Tensor) -> bool:
-    """As torch's switch for recurrent layers on the device says; a CPU's is for the interpreter."""
-    library = torch.backends.cudnn if tensor.is_cuda else torch.backends.mkldnn
-    return bool(library.rnn.fp32_precision == "tf32")
-
-
 def _starts(batch_sizes: Tensor | None, like: Tensor) -> Tensor | None:
     """The first row of every step of packed sequences, and the end, on the device of ``like``."""
     return None if batch_sizes is None else F.pad(batch_sizes.cumsum(0), (1, 0)).to(like.device, non_blocking=True)
@@ -1010,7 +998,7 @@ def _recurrence_triton(
         projected.new_empty((rows, hidden)) if save and mode == LSTM else None,
     )
     inputs = *_contiguous(projected, hx, cx, weight_hh, bias_hn, weight_hr), _starts(batch_sizes, hx)
-    kernels.recurrence(*inputs, *results, steps, mode, reverse, allow_tf32=_allow_tf32(hx))
+    kernels.recurrence(*inputs, *results, steps, mode, reverse, allow_tf32=_native.allow_tf32(hx, "rnn"))
     return _results(results)
 
 
@@ -1052,7 +1040,7 @@ def _recurrence_backward_triton(
         None if weight_hr is None else output.new_empty(output.shape),
     )
     inputs = *_contiguous(*tensors), _starts(batch_sizes, hx)
-    kernels.recurrence_backward(*inputs, *results, steps, mode, reverse, allow_tf32=_allow_tf32(hx))
+    kernels.recurrence_backward(*inputs, *results, steps, mode, reverse, allow_tf32=_native.allow_tf32(hx, "rnn"))
     return _results(results)
 
 
