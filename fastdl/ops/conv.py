@@ -650,9 +650,7 @@ def _triton_backward(
     grad_weight = _empty(weight.shape, grad_output, format) if needs[1] else None
     grad_bias = grad_output.new_empty(weight.shape[:1]) if needs[2] else None
     if grad_input is not None:
-        kernels.conv_input_gradient(
-            grad_output, weight, grad_input, *geometry, allow_tf32=_native.allow_tf32(grad_output, "conv")
-        )
+        kernels.conv_input_gradient(grad_output, weight, grad_input, *geometry, allow_tf32=tf32)
     if needs[1] or needs[2]:
         kernels.conv_weight_gradient(grad_output, input, grad_weight, grad_bias, *geometry, allow_tf32=tf32)
     return [gradient for gradient in (grad_input, grad_weight, grad_bias) if gradient is not None]
