@@ -181,10 +181,16 @@ def forward_tile(
         sums = add_products(
             sums, input + number * inputs, active, weight_ih, None, columns, columns_mask, inputs, 1, PRECISION, DEPTH
         )
+    input_sums = sums
+    if MODE == GRU:
+        sums = tl.zeros((ROWS, COLUMNS), ACCUMULATOR)
     weight_row, columns_mask = columns_of_gates(first_unit, hidden, 2, MODE, COLUMNS)
     columns = weight_row.to(tl.int64) * depth
     before = tl.where(began, states + (previous_row + number) * depth, initial + number * depth)
     sums = add_products(sums, before, active, weight, resident, columns, columns_mask, depth, 1, PRECISION, DEPTH)
+    if MODE == GRU:  # a part without weights is no product of infinity and zero
+        gate = (tl.arange(0, COLUMNS) % 4)[None, :]
+        sums = tl.where(gate == 2, input_sums, tl.where(gate == 3, sums, sums + input_sums))
 
     if GATED:
         first, second, third, fourth = split_gates(sums, ROWS, UNITS)
