@@ -430,6 +430,24 @@ def test_saturated_cells_are_not_nan(backend, kind):
     assert all(torch.isfinite(tensor).all() for tensor in (*outputs.values(), gradient))
 
 
+@pytest.mark.parametrize("where", ["input", "h0", "both"])
+@pytest.mark.parametrize("kind", CELLS)
+@pytest.mark.parametrize("backend", CELL_BACKENDS)
+def test_infinity_meets_no_weights_but_its_own(backend, kind, where):
+    """A GRU's n has a part of the input and one of the state: neither is NaN by the other's infinity."""
+    theirs, ours = pair(kind)
+    tensors = {name: tensor.float() for name, tensor in make_cell(theirs, False, True).items()}
+    for name in ("input", "h0") if where == "both" else (where,):
+        tensors[name][1, 2] = float("inf")
+    expected = call_cell(theirs, None, tensors)
+    with using(backend):
+        actual = call_cell(
+            ours.to(device(backend)), None, {name: tensor.to(device(backend)) for name, tensor in tensors.items()}
+        )
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name].cpu(), value, equal_nan=True, rtol=1e-4, atol=1e-5)
+
+
 # --------------------------------------------------------------------------------------------------- autograd's edges
 
 

@@ -968,7 +968,12 @@ def _recurrent_cell_backward_cuda(
 
 def _starts(batch_sizes: Tensor | None, like: Tensor) -> Tensor | None:
     """The first row of every step of packed sequences, and the end, on the device of ``like``."""
-    return None if batch_sizes is None else F.pad(batch_sizes.cumsum(0), (1, 0)).to(like.device, non_blocking=True)
+    if batch_sizes is None:
+        return None
+    starts = F.pad(batch_sizes.cumsum(0), (1, 0))
+    if like.is_cuda and torch.cuda.is_current_stream_capturing():  # a CUDA graph can't hold a copy, but numbers
+        return torch.stack([torch.full((), start, device=like.device) for start in starts.tolist()])
+    return starts.to(like.device, non_blocking=True)
 
 
 @RECURRENCE.implement("triton", Support(_native.FLOATING))
