@@ -28,7 +28,16 @@ HIDDEN = "fastdl", "setuptools", "pip", "_distutils_hack", "pybind11"
 
 def environment_variables(folder: Path, **changes: str | None) -> dict[str, str]:
     """This process's variables, less what would let it shine through; None removes one."""
-    own = {"PYTHONPATH", "FASTDL_CUDA", "FASTDL_CACHE", "TRITON_INTERPRET", "PYTHONHOME", "VIRTUAL_ENV", "CXX"}
+    own = {
+        "PYTHONPATH",
+        "FASTDL_CUDA",
+        "FASTDL_WERROR",
+        "FASTDL_CACHE",
+        "TRITON_INTERPRET",
+        "PYTHONHOME",
+        "VIRTUAL_ENV",
+        "CXX",
+    }
     variables = {name: value for name, value in os.environ.items() if name not in own}
     variables |= {"FASTDL_CACHE": str(folder / "cache"), "COLUMNS": "200"}
     for name, value in changes.items():

@@ -40,9 +40,12 @@ struct Pinned {
   T* data;
 };
 
+// All blocks are resident: they may wait for each other.
 template <class... Parameters, class... Arguments>
 void run_probe(void (*kernel)(Parameters...), int blocks, int threads, Arguments... arguments) {
-  launch(kernel, Shape(dim3(unsigned(blocks)), dim3(unsigned(threads)), 0, nullptr), arguments...);
+  Shape shape(dim3(unsigned(blocks)), dim3(unsigned(threads)), 0, nullptr);
+  shape.cooperative = true;
+  launch(kernel, shape, arguments...);
 #ifndef FDL_EMULATE
   check(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
 #endif
@@ -245,6 +248,38 @@ inline double votes_case() {
   return wrong * 10.;
 }
 
+// ---- Among blocks ---------------------------------------------------------------------------------------------------
+
+static __device__ unsigned arrived = 0;  // over all runs
+
+// Each block writes, arrives, waits for all, and reads what another has written.
+__global__ void arrivals_kernel(int* data, int* out, unsigned all) {
+  const int t = threadIdx.x, threads = blockDim.x;
+  data[blockIdx.x * threads + t] = int(blockIdx.x) * threads + t;
+  __syncthreads();
+  if (t == 0) {
+    ptx::arrive(&arrived);
+    while (ptx::arrivals(&arrived) < all) {
+    }
+  }
+  __syncthreads();
+  out[blockIdx.x * threads + t] = data[(blockIdx.x + 1) % gridDim.x * threads + threads - 1 - t];
+}
+
+inline double arrivals_case() {
+  constexpr int blocks = 8, threads = 64, runs = 4;
+  static unsigned before = 0;
+  int wrong = 0;
+  for (int run = 0; run < runs; ++run) {
+    Pinned<int> data(blocks * threads), out(blocks * threads);
+    run_probe(arrivals_kernel, blocks, threads, data.data, out.data, before += blocks);
+    for (int b = 0; b < blocks; ++b) {
+      for (int t = 0; t < threads; ++t) wrong += out[b * threads + t] != (b + 1) % blocks * threads + threads - 1 - t;
+    }
+  }
+  return wrong * 10.;
+}
+
 inline const Case ptx_cases[] = {
     {"mma bf16", mma_case<bfloat16, true>},
     {"mma f16", mma_case<float16, true>},
@@ -261,6 +296,7 @@ inline const Case ptx_cases[] = {
     {"ldmatrix x4.trans", ldmatrix_case<4, true>},
     {"cp.async", cp_async_case},
     {"shuffles, votes", votes_case},
+    {"arrivals", arrivals_case},
 };
 
 }  // namespace zoo
