@@ -797,7 +797,8 @@ def compile_targets(device, every=True):
             for mode in (RNN_TANH.value, LSTM.value, GRU.value) if plain else (LSTM.value,):
                 if not every:
                     continue
-                add_kept(direction, dtype, mode, 128, allow_tf32)
+                for hidden in (32, 128, 256):
+                    add_kept(direction, dtype, mode, hidden, allow_tf32)
                 for aligned, hidden in ((True, 1024), (False, 1000)):
                     for tile in usable_tiles(dtype, allow_tf32, direction == "backward", aligned):
                         choice = Choice(tile, True, False, stages_that_fit(tile, dtype.itemsize, device))
@@ -805,6 +806,9 @@ def compile_targets(device, every=True):
                         add(name, direction, dtype, mode, hidden, choice, allow_tf32=allow_tf32)
                         if plain and mode == LSTM.value:
                             add(f"{name} projected", direction, dtype, mode, hidden, choice, kind="projected")
+                        if plain and mode == GRU.value and direction == "forward":  # it has sums for both parts of n
+                            choice = replace(choice, whole=False)
+                            add(f"{name} cell", direction, dtype, mode, hidden, choice, kind="cell")
     return launches
 
 
