@@ -85,11 +85,11 @@ def numbers(
     """
     if type(value) is int:
         return (alone, value) if dimensions == 1 else (value, value)
-    numbers = value if isinstance(value, Sequence) else (value,)
-    if not all(isinstance(number, int | torch.SymInt) for number in numbers):
+    given = value if isinstance(value, Sequence) else (value,)
+    if not all(isinstance(number, int | torch.SymInt) for number in given):
         raise TypeError(f"{name}: {argument} is {value!r}, allowed: an integer or {dimensions} of them")
-    if not numbers and empty:
+    if not given and empty:
         return empty
-    if len(numbers) not in (1, dimensions):
+    if len(given) not in (1, dimensions):
         raise RuntimeError(f"{name}: {argument} is {value!r}, allowed: an integer or {dimensions} of them")
-    return (alone, numbers[0]) if dimensions == 1 else (numbers[0], numbers[-1])
+    return (alone, given[0]) if dimensions == 1 else (given[0], given[-1])

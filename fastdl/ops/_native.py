@@ -48,6 +48,11 @@ def allow_tf32(tensor: Tensor, family: str) -> bool:
     return bool(getattr(library, family).fp32_precision == "tf32")
 
 
+def matmul_allows_tf32() -> bool:
+    """Whether torch's switch for matrix products allows TF32."""
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
+
+
 def workspace(bytes_: int, like: Tensor) -> Tensor | None:
     """Uninitialised memory for a kernel on ``like``'s device, or None for 0 bytes."""
     return torch.empty(bytes_, dtype=torch.uint8, device=like.device) if bytes_ else None

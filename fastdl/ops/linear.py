@@ -404,7 +404,7 @@ def cuda_forward(
 
     ``allow_tf32``: None for matmul's switch.
     """
-    allow_tf32 = _allow_tf32() if allow_tf32 is None else allow_tf32
+    allow_tf32 = _native.matmul_allows_tf32() if allow_tf32 is None else allow_tf32
     (m, k), n = x.shape, weight.shape[0]
     y = torch.empty((m, n), dtype=x.dtype, device=x.device)
     z = torch.empty_like(y) if preactivation else None
@@ -440,7 +440,7 @@ def cuda_backward(
     allow_tf32: bool | None = None,
 ) -> list[Tensor]:
     """The gradients of x (if ``weight`` is given), weight (if ``x`` is) and bias (if ``bias``); all are matrices."""
-    allow_tf32 = _allow_tf32() if allow_tf32 is None else allow_tf32
+    allow_tf32 = _native.matmul_allows_tf32() if allow_tf32 is None else allow_tf32
     kernels, dtype, (m, n) = _native.kernels("cuda"), _native.DTYPE_CODES[grad.dtype], grad.shape
     grad_bias = None
     if saved is not None and grad.numel() > _FUSED_GRADIENT_ELEMENTS:
@@ -507,10 +507,6 @@ _add("cuda", cuda_forward, cuda_backward)
 # ----------------------------------------------------------------------------------------------------------- triton
 
 
-def _allow_tf32() -> bool:
-    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
-
-
 def _triton_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, kind: int, parameter: float, preactivation: bool
 ) -> tuple[Tensor, Tensor | None]:
@@ -518,7 +514,7 @@ def _triton_forward(
 
     y = x.new_empty((x.shape[0], weight.shape[0]))
     z = torch.empty_like(y) if preactivation else None
-    kernels.linear(x, weight, bias, y, z, kind, parameter, allow_tf32=_allow_tf32())
+    kernels.linear(x, weight, bias, y, z, kind, parameter, allow_tf32=_native.matmul_allows_tf32())
     return y, z
 
 
@@ -540,7 +536,9 @@ def _triton_backward(
     if weight is not None:
         grad_input = grad.new_empty((grad.shape[0], weight.shape[1]))
         if grad_input.numel():
-            kernels.linear_input_gradient(grad, saved, weight, grad_input, kind, parameter, allow_tf32=_allow_tf32())
+            kernels.linear_input_gradient(
+                grad, saved, weight, grad_input, kind, parameter, allow_tf32=_native.matmul_allows_tf32()
+            )
         gradients.append(grad_input)
     if x is None and not bias:
         return gradients
@@ -549,7 +547,9 @@ def _triton_backward(
     some = grad_weight is not None and grad_weight.numel() > 0
     if some or bias:
         x, out = (x, grad_weight) if some else (None, None)
-        kernels.linear_weight_gradient(grad, saved, x, out, grad_bias, kind, parameter, allow_tf32=_allow_tf32())
+        kernels.linear_weight_gradient(
+            grad, saved, x, out, grad_bias, kind, parameter, allow_tf32=_native.matmul_allows_tf32()
+        )
     gradients.extend(g for g in (grad_weight, grad_bias) if g is not None)
     return gradients
 

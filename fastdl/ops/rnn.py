@@ -15,6 +15,7 @@ Tensors may come with any strides, and empty; outputs are contiguous and share n
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -570,198 +571,222 @@ RECURRENT_CELL_BACKWARD = Op(
 )
 
 
-# ---------------------------------------------------------------------------------------------------------------- cpu
+# ---------------------------------------------------------------------------------------------------- implementations
+
+
+def _add(backend: str, forward: Any, backward: Any, cell: Any, cell_backward: Any) -> None:
+    """Adds a backend by what fills the results of its ops, of which only those that a call does not have are empty.
+
+    Args:
+        forward, backward: called with the op's tensors, its results, (rows, B, steps, H, P), mode, reverse and whether
+            there is a projection.
+        cell, cell_backward: called with the op's tensors, its results and mode.
+    """
+
+    @RECURRENCE.implement(backend, Support(_native.FLOATING))
+    def recurrence(
+        projected: Tensor,
+        hx: Tensor,
+        cx: Tensor | None,
+        weight_hh: Tensor,
+        bias_hn: Tensor | None,
+        weight_hr: Tensor | None,
+        batch_sizes: Tensor | None,
+        steps: int,
+        mode: int,
+        reverse: bool,
+        save: bool,
+    ) -> tuple[Tensor, ...]:
+        tensors = projected, hx, cx, weight_hh, bias_hn, weight_hr, batch_sizes
+        if projected.numel() == 0:
+            return reference(*tensors, steps, mode, reverse, save)
+        rows, (batch, state), hidden = projected.shape[0], hx.shape, weight_hh.shape[0] // GATES[mode]
+        results = (
+            _native.empty((rows, state), projected),
+            projected.new_empty((batch, state)),
+            projected.new_empty(0 if cx is None else (batch, hidden)),
+            _native.empty((rows, 4 * hidden) if save and mode >= LSTM else (0,), projected),
+            _native.empty((rows, hidden) if save and mode == LSTM else (0,), projected),
+        )
+        forward(tensors, results, (rows, batch, steps, hidden, state), mode, reverse, weight_hr is not None)
+        return results
+
+    @RECURRENCE_BACKWARD.implement(backend, Support(_native.FLOATING))
+    def recurrence_backward(
+        grad_output: Tensor | None,
+        grad_h_n: Tensor | None,
+        grad_c_n: Tensor | None,
+        output: Tensor,
+        hx: Tensor,
+        cx: Tensor | None,
+        weight_hh: Tensor,
+        weight_hr: Tensor | None,
+        gates: Tensor,
+        cells: Tensor,
+        batch_sizes: Tensor | None,
+        steps: int,
+        mode: int,
+        reverse: bool,
+    ) -> tuple[Tensor, ...]:
+        states = output, hx, cx, weight_hh, weight_hr, gates, cells, batch_sizes
+        if output.numel() == 0:
+            return reference_backward(grad_output, grad_h_n, grad_c_n, *states, steps, mode, reverse)
+        (rows, state), batch, columns = output.shape, hx.shape[0], weight_hh.shape[0]
+        hidden = columns // GATES[mode]
+        results = (
+            _native.empty((rows, columns), output),
+            _native.empty((rows, hidden) if mode == GRU else (0,), output),
+            output.new_empty((batch, state)),
+            output.new_empty(0 if cx is None else (batch, hidden)),
+            _native.empty((0,) if weight_hr is None else (rows, state), output),
+        )
+        tensors = grad_output, grad_h_n, grad_c_n, *states
+        backward(tensors, results, (rows, batch, steps, hidden, state), mode, reverse, weight_hr is not None)
+        return results
+
+    @RECURRENT_CELL.implement(backend, Support(_native.FLOATING))
+    def recurrent_cell(
+        input: Tensor,
+        hx: Tensor,
+        cx: Tensor | None,
+        weight_ih: Tensor,
+        weight_hh: Tensor,
+        bias_ih: Tensor | None,
+        bias_hh: Tensor | None,
+        mode: int,
+        save: bool,
+    ) -> tuple[Tensor, ...]:
+        batch, hidden = hx.shape
+        results = (
+            hx.new_empty((batch, hidden)),
+            hx.new_empty((batch, hidden) if mode == LSTM else 0),
+            hx.new_empty((batch, 4 * hidden) if save and mode >= LSTM else 0),
+        )
+        if hx.numel():
+            cell((input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh), results, mode)
+        return results
+
+    @RECURRENT_CELL_BACKWARD.implement(backend, Support(_native.FLOATING))
+    def recurrent_cell_backward(
+        grad_h: Tensor | None,
+        grad_c: Tensor | None,
+        hx: Tensor,
+        cx: Tensor | None,
+        h: Tensor,
+        c: Tensor,
+        gates: Tensor,
+        mode: int,
+    ) -> tuple[Tensor, ...]:
+        batch, hidden = hx.shape
+        columns = GATES[mode] * hidden
+        results = (
+            hx.new_empty((batch, columns)),
+            hx.new_empty((batch, columns) if mode == GRU else 0),
+            hx.new_empty((batch, hidden) if mode == GRU else 0),
+            hx.new_empty((batch, hidden) if mode == LSTM else 0),
+        )
+        if hx.numel():
+            cell_backward((grad_h, grad_c, hx, cx, h, c, gates), results, mode)
+        return results
 
 
 def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if tensor is None else tensor.contiguous() for tensor in tensors]
 
 
-@RECURRENCE.implement("cpu", Support(_native.FLOATING))
-def _recurrence_cpu(
-    projected: Tensor,
-    hx: Tensor,
-    cx: Tensor | None,
-    weight_hh: Tensor,
-    bias_hn: Tensor | None,
-    weight_hr: Tensor | None,
-    batch_sizes: Tensor | None,
-    steps: int,
-    mode: int,
-    reverse: bool,
-    save: bool,
-) -> tuple[Tensor, ...]:
-    if projected.numel() == 0:
-        return reference(projected, hx, cx, weight_hh, bias_hn, weight_hr, batch_sizes, steps, mode, reverse, save)
-    kernels = _native.kernels("cpu")
-    rows, (batch, state), hidden = projected.shape[0], hx.shape, weight_hh.shape[0] // GATES[mode]
-    nothing = projected.new_empty(0)
-    output = _native.empty((rows, state), projected)
-    h_n = torch.empty_like(hx, memory_format=torch.contiguous_format)
-    c_n = nothing if cx is None else cx.new_empty(cx.shape)
-    gates = _native.empty((rows, 4 * hidden), projected) if save and mode >= LSTM else nothing.clone()
-    cells = _native.empty((rows, hidden), projected) if save and mode == LSTM else nothing.clone()
-    size = kernels.recurrence_workspace(
-        _native.DTYPE_CODES[projected.dtype], mode, batch, hidden, state, weight_hr is not None
-    )
-    workspace = torch.empty(size, dtype=torch.uint8)
-    inputs = _contiguous(projected, hx, cx, weight_hh, bias_hn, weight_hr, batch_sizes)
-    kernels.recurrence(
-        _native.DTYPE_CODES[projected.dtype],
-        mode,
-        *map(_native.address, inputs),
-        output.data_ptr(),
-        h_n.data_ptr(),
-        c_n.data_ptr(),
-        gates.data_ptr(),
-        cells.data_ptr(),
-        rows,
-        batch,
-        steps,
-        hidden,
-        state,
-        reverse,
-        workspace.data_ptr(),
-        _native.context(projected),
-    )
-    return output, h_n, c_n, gates, cells
+# ------------------------------------------------------------------------------------------------ native: cpu and cuda
+
+Tensors = tuple[Tensor | None, ...]
+Prepare = Callable[[Tensors], tuple[Any, list[Any]]]  # tensors as a kernel takes them: what to keep, the arguments
 
 
-@RECURRENCE_BACKWARD.implement("cpu", Support(_native.FLOATING))
-def _recurrence_backward_cpu(
-    grad_output: Tensor | None,
-    grad_h_n: Tensor | None,
-    grad_c_n: Tensor | None,
-    output: Tensor,
-    hx: Tensor,
-    cx: Tensor | None,
-    weight_hh: Tensor,
-    weight_hr: Tensor | None,
-    gates: Tensor,
-    cells: Tensor,
-    batch_sizes: Tensor | None,
-    steps: int,
-    mode: int,
-    reverse: bool,
-) -> tuple[Tensor, ...]:
-    inputs: Any = grad_output, grad_h_n, grad_c_n, output, hx, cx, weight_hh, weight_hr, gates, cells, batch_sizes
-    arguments = *inputs, steps, mode, reverse
-    if output.numel() == 0:
-        return reference_backward(*arguments)
-    kernels = _native.kernels("cpu")
-    (rows, state), batch, columns = output.shape, hx.shape[0], weight_hh.shape[0]
-    hidden = columns // GATES[mode]
-    nothing = output.new_empty(0)
-    grad_projected = _native.empty((rows, columns), output)
-    grad_q = _native.empty((rows, hidden), output) if mode == GRU else nothing
-    grad_hx = output.new_empty(hx.shape)
-    grad_cx = nothing.clone() if cx is None else output.new_empty(cx.shape)
-    grad_h = nothing.clone() if weight_hr is None else _native.empty((rows, state), output)
-    size = kernels.recurrence_backward_workspace(
-        _native.DTYPE_CODES[output.dtype], mode, batch, hidden, state, weight_hr is not None
-    )
-    workspace = torch.empty(size, dtype=torch.uint8)
-    inputs = _contiguous(*inputs)
-    kernels.recurrence_backward(
-        _native.DTYPE_CODES[output.dtype],
-        mode,
-        *map(_native.address, inputs),
-        grad_projected.data_ptr(),
-        grad_q.data_ptr(),
-        grad_hx.data_ptr(),
-        grad_cx.data_ptr(),
-        grad_h.data_ptr(),
-        rows,
-        batch,
-        steps,
-        hidden,
-        state,
-        reverse,
-        workspace.data_ptr(),
-        _native.context(output),
-    )
-    return grad_projected, grad_q, grad_hx, grad_cx, grad_h
+def _native_recurrence(backend: str, name: str, prepare: Prepare) -> Callable[..., None]:
+    """What fills the results of recurrence and recurrence_backward: the kernels have the ops' names and order."""
+
+    def fill(
+        tensors: Tensors,
+        results: tuple[Tensor, ...],
+        sizes: tuple[int, ...],
+        mode: int,
+        reverse: bool,
+        projection: bool,
+    ) -> None:
+        kernels, like = _native.kernels(backend), results[0]
+        dtype, (_, batch, _, hidden, state) = _native.DTYPE_CODES[like.dtype], sizes
+        size = getattr(kernels, f"{name}_workspace")(dtype, mode, batch, hidden, state, projection)
+        workspace = _native.workspace(size, like)
+        _kept, arguments = prepare(tensors)
+        getattr(kernels, name)(
+            dtype,
+            mode,
+            *arguments,
+            *map(_native.address, results),
+            *sizes,
+            reverse,
+            *((_native.allow_tf32(like, "rnn"), 0) if backend == "cuda" else ()),  # 0: the kernels choose their path
+            _native.address(workspace),
+            _native.context(like),
+        )
+
+    return fill
 
 
-@RECURRENT_CELL.implement("cpu", Support(_native.FLOATING))
-def _recurrent_cell_cpu(
-    input: Tensor,
-    hx: Tensor,
-    cx: Tensor | None,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias_ih: Tensor | None,
-    bias_hh: Tensor | None,
-    mode: int,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    (batch, size), hidden = input.shape, hx.shape[1]
-    h = hx.new_empty((batch, hidden))
-    c = hx.new_empty((batch, hidden) if mode == LSTM else 0)
-    gates = hx.new_empty((batch, 4 * hidden) if save and mode >= LSTM else 0)
-    inputs = _contiguous(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh)
-    _native.kernels("cpu").recurrent_cell(
-        _native.DTYPE_CODES[input.dtype],
-        mode,
-        *map(_native.address, inputs),
-        h.data_ptr(),
-        c.data_ptr(),
-        gates.data_ptr(),
-        batch,
-        size,
-        hidden,
-        _native.context(input),
-    )
-    return h, c, gates
+def _native_cell(backend: str, prepare: Prepare) -> Callable[..., None]:
+    def fill(tensors: Tensors, results: tuple[Tensor, ...], mode: int) -> None:
+        like, input = results[0], tensors[0]
+        assert input is not None
+        _kept, arguments = prepare(tensors)
+        _native.kernels(backend).recurrent_cell(
+            _native.DTYPE_CODES[like.dtype],
+            mode,
+            *arguments,
+            *map(_native.address, results),
+            like.shape[0],
+            input.shape[1],
+            like.shape[1],
+            *((_native.matmul_allows_tf32(),) if backend == "cuda" else ()),
+            _native.context(like),
+        )
+
+    return fill
 
 
-@RECURRENT_CELL_BACKWARD.implement("cpu", Support(_native.FLOATING))
-def _recurrent_cell_backward_cpu(
-    grad_h: Tensor | None,
-    grad_c: Tensor | None,
-    hx: Tensor,
-    cx: Tensor | None,
-    h: Tensor,
-    c: Tensor,
-    gates: Tensor,
-    mode: int,
-) -> tuple[Tensor, ...]:
-    return _cell_gradients("cpu", grad_h, grad_c, hx, cx, h, c, gates, mode)
+def _native_cell_backward(backend: str) -> Callable[..., None]:
+    def fill(tensors: Tensors, results: tuple[Tensor, ...], mode: int) -> None:
+        grad_h, grad_c, hx, cx, h, c, gates = tensors
+        before, after = (cx, c) if mode == LSTM else (hx, h)
+        grad_input, grad_hidden, grad_hx, grad_cx = results
+        inputs = _contiguous(grad_h, grad_c, before, after, gates)
+        assert hx is not None
+        _native.kernels(backend).recurrent_cell_backward(
+            _native.DTYPE_CODES[hx.dtype],
+            mode,
+            *map(_native.address, inputs),
+            grad_input.data_ptr(),
+            grad_hidden.data_ptr(),
+            (grad_cx if mode == LSTM else grad_hx).data_ptr(),
+            *hx.shape,
+            _native.context(hx),
+        )
+
+    return fill
 
 
-def _cell_gradients(
-    backend: str,
-    grad_h: Tensor | None,
-    grad_c: Tensor | None,
-    hx: Tensor,
-    cx: Tensor | None,
-    h: Tensor,
-    c: Tensor,
-    gates: Tensor,
-    mode: int,
-) -> tuple[Tensor, ...]:
-    batch, hidden = hx.shape
-    columns = GATES[mode] * hidden
-    grad_input = hx.new_empty((batch, columns))
-    grad_hidden = hx.new_empty((batch, columns) if mode == GRU else 0)
-    grad_hx = hx.new_empty((batch, hidden) if mode == GRU else 0)
-    grad_cx = hx.new_empty((batch, hidden) if mode == LSTM else 0)
-    if hx.numel() == 0:
-        return grad_input, grad_hidden, grad_hx, grad_cx
-    before, after = (cx, c) if mode == LSTM else (hx, h)
-    inputs = _contiguous(grad_h, grad_c, before, after, gates)
-    _native.kernels(backend).recurrent_cell_backward(
-        _native.DTYPE_CODES[hx.dtype],
-        mode,
-        *map(_native.address, inputs),
-        grad_input.data_ptr(),
-        grad_hidden.data_ptr(),
-        (grad_cx if mode == LSTM else grad_hx).data_ptr(),
-        batch,
-        hidden,
-        _native.context(hx),
-    )
-    return grad_input, grad_hidden, grad_hx, grad_cx
+# ---------------------------------------------------------------------------------------------------------------- cpu
+
+
+def _dense(tensors: Tensors) -> tuple[Any, list[Any]]:
+    kept = _contiguous(*tensors)
+    return kept, list(map(_native.address, kept))
+
+
+_add(
+    "cpu",
+    _native_recurrence("cpu", "recurrence", _dense),
+    _native_recurrence("cpu", "recurrence_backward", _dense),
+    _native_cell("cpu", _dense),
+    _native_cell_backward("cpu"),
+)
 
 
 # --------------------------------------------------------------------------------------------------------------- cuda
@@ -793,174 +818,35 @@ def _batch_sizes(batch_sizes: Tensor | None, like: Tensor) -> list[Tensor | None
     return [host, None if capturing else host.to(like.device, non_blocking=True)]
 
 
-@RECURRENCE.implement("cuda", Support(_native.FLOATING))
-def _recurrence_cuda(
-    projected: Tensor,
-    hx: Tensor,
-    cx: Tensor | None,
-    weight_hh: Tensor,
-    bias_hn: Tensor | None,
-    weight_hr: Tensor | None,
-    batch_sizes: Tensor | None,
-    steps: int,
-    mode: int,
-    reverse: bool,
-    save: bool,
-) -> tuple[Tensor, ...]:
-    if projected.numel() == 0:
-        return reference(projected, hx, cx, weight_hh, bias_hn, weight_hr, batch_sizes, steps, mode, reverse, save)
-    kernels, dtype = _native.kernels("cuda"), _native.DTYPE_CODES[projected.dtype]
-    rows, (batch, state), hidden = projected.shape[0], hx.shape, weight_hh.shape[0] // GATES[mode]
-    output, h_n = projected.new_empty((rows, state)), hx.new_empty(hx.shape)
-    c_n = projected.new_empty(0 if cx is None else cx.shape)
-    gates = projected.new_empty((rows, 4 * hidden) if save and mode >= LSTM else 0)
-    cells = projected.new_empty((rows, hidden) if save and mode == LSTM else 0)
-    workspace = _native.workspace(
-        kernels.recurrence_workspace(dtype, mode, batch, hidden, state, weight_hr is not None), projected
-    )
-    inputs = _contiguous(projected, hx, cx, bias_hn)
-    (_kept_hh, rows_hh), (_kept_hr, rows_hr) = _whole_rows(weight_hh), _whole_rows(weight_hr)
-    sizes = _batch_sizes(batch_sizes, projected)
-    addresses = [_native.address(tensor) for tensor in inputs]
-    kernels.recurrence(
-        dtype,
-        mode,
-        *addresses[:3],
-        rows_hh,
-        addresses[3],
-        rows_hr,
-        *map(_native.address, sizes),
-        *map(_native.address, (output, h_n, c_n, gates, cells)),
-        rows,
-        batch,
-        steps,
-        hidden,
-        state,
-        reverse,
-        _native.allow_tf32(projected, "rnn"),
-        0,
-        _native.address(workspace),
-        _native.context(projected),
-    )
-    return output, h_n, c_n, gates, cells
+def _by_rows(matrices: tuple[int, ...], tensors: Tensors, transposed: bool = False) -> tuple[Any, list[Any]]:
+    """Tensors of which those at some places are matrices, that the kernels read by rows."""
+    kept, arguments = [], list[Any]()
+    for place, tensor in enumerate(tensors):
+        if place in matrices:
+            tensor, rows = _whole_rows(tensor.t() if transposed and tensor is not None else tensor)
+            arguments.append(rows)
+        else:
+            tensor = None if tensor is None else tensor.contiguous()
+            arguments.append(_native.address(tensor))
+        kept.append(tensor)
+    return kept, arguments
 
 
-@RECURRENCE_BACKWARD.implement("cuda", Support(_native.FLOATING))
-def _recurrence_backward_cuda(
-    grad_output: Tensor | None,
-    grad_h_n: Tensor | None,
-    grad_c_n: Tensor | None,
-    output: Tensor,
-    hx: Tensor,
-    cx: Tensor | None,
-    weight_hh: Tensor,
-    weight_hr: Tensor | None,
-    gates: Tensor,
-    cells: Tensor,
-    batch_sizes: Tensor | None,
-    steps: int,
-    mode: int,
-    reverse: bool,
-) -> tuple[Tensor, ...]:
-    inputs: Any = grad_output, grad_h_n, grad_c_n, output, hx, cx, weight_hh, weight_hr, gates, cells, batch_sizes
-    arguments = *inputs, steps, mode, reverse
-    if output.numel() == 0:
-        return reference_backward(*arguments)
-    kernels, dtype = _native.kernels("cuda"), _native.DTYPE_CODES[output.dtype]
-    (rows, state), batch, columns = output.shape, hx.shape[0], weight_hh.shape[0]
-    hidden = columns // GATES[mode]
-    results = (
-        output.new_empty((rows, columns)),
-        output.new_empty((rows, hidden) if mode == GRU else 0),
-        output.new_empty(hx.shape),
-        output.new_empty(0 if cx is None else cx.shape),
-        output.new_empty(0 if weight_hr is None else (rows, state)),
-    )
-    workspace = _native.workspace(
-        kernels.recurrence_backward_workspace(dtype, mode, batch, hidden, state, weight_hr is not None), output
-    )
-    inputs = _contiguous(grad_output, grad_h_n, grad_c_n, output, hx, cx, gates, cells)
-    _kept_hh, rows_hh = _whole_rows(weight_hh.t().contiguous())
-    _kept_hr, rows_hr = _whole_rows(None if weight_hr is None else weight_hr.t().contiguous())
-    sizes = _batch_sizes(batch_sizes, output)
-    addresses = [_native.address(tensor) for tensor in inputs]
-    kernels.recurrence_backward(
-        dtype,
-        mode,
-        *addresses[:6],
-        rows_hh,
-        rows_hr,
-        *addresses[6:],
-        *map(_native.address, sizes),
-        *map(_native.address, results),
-        rows,
-        batch,
-        steps,
-        hidden,
-        state,
-        reverse,
-        _native.allow_tf32(output, "rnn"),
-        0,
-        _native.address(workspace),
-        _native.context(output),
-    )
-    return results
+def _sequence_by_rows(matrices: tuple[int, ...], tensors: Tensors, transposed: bool = False) -> tuple[Any, list[Any]]:
+    """The same where the last one is batch_sizes."""
+    like = next(tensor for tensor in tensors if tensor is not None)
+    sizes = _batch_sizes(tensors[-1], like)
+    kept, arguments = _by_rows(matrices, tensors[:-1], transposed)
+    return (kept, sizes), [*arguments, *map(_native.address, sizes)]
 
 
-@RECURRENT_CELL.implement("cuda", Support(_native.FLOATING))
-def _recurrent_cell_cuda(
-    input: Tensor,
-    hx: Tensor,
-    cx: Tensor | None,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias_ih: Tensor | None,
-    bias_hh: Tensor | None,
-    mode: int,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    (batch, size), hidden = input.shape, hx.shape[1]
-    h = hx.new_empty((batch, hidden))
-    c = hx.new_empty((batch, hidden) if mode == LSTM else 0)
-    gates = hx.new_empty((batch, 4 * hidden) if save and mode >= LSTM else 0)
-    if h.numel() == 0:
-        return h, c, gates
-    kept = [_whole_rows(matrix) for matrix in (input, hx, weight_ih, weight_hh)]
-    vectors = _contiguous(cx, bias_ih, bias_hh)
-    addresses = [_native.address(tensor) for tensor in vectors]
-    _native.kernels("cuda").recurrent_cell(
-        _native.DTYPE_CODES[input.dtype],
-        mode,
-        kept[0][1],
-        kept[1][1],
-        addresses[0],
-        kept[2][1],
-        kept[3][1],
-        *addresses[1:],
-        h.data_ptr(),
-        c.data_ptr(),
-        gates.data_ptr(),
-        batch,
-        size,
-        hidden,
-        torch.backends.cuda.matmul.fp32_precision == "tf32",
-        _native.context(input),
-    )
-    return h, c, gates
-
-
-@RECURRENT_CELL_BACKWARD.implement("cuda", Support(_native.FLOATING))
-def _recurrent_cell_backward_cuda(
-    grad_h: Tensor | None,
-    grad_c: Tensor | None,
-    hx: Tensor,
-    cx: Tensor | None,
-    h: Tensor,
-    c: Tensor,
-    gates: Tensor,
-    mode: int,
-) -> tuple[Tensor, ...]:
-    return _cell_gradients("cuda", grad_h, grad_c, hx, cx, h, c, gates, mode)
+_add(
+    "cuda",
+    _native_recurrence("cuda", "recurrence", functools.partial(_sequence_by_rows, (3, 5))),
+    _native_recurrence("cuda", "recurrence_backward", functools.partial(_sequence_by_rows, (6, 7), transposed=True)),
+    _native_cell("cuda", functools.partial(_by_rows, (0, 1, 3, 4))),
+    _native_cell_backward("cuda"),
+)
 
 
 # ------------------------------------------------------------------------------------------------------------- triton
@@ -976,130 +862,50 @@ def _starts(batch_sizes: Tensor | None, like: Tensor) -> Tensor | None:
     return starts.to(like.device, non_blocking=True)
 
 
-@RECURRENCE.implement("triton", Support(_native.FLOATING))
-def _recurrence_triton(
-    projected: Tensor,
-    hx: Tensor,
-    cx: Tensor | None,
-    weight_hh: Tensor,
-    bias_hn: Tensor | None,
-    weight_hr: Tensor | None,
-    batch_sizes: Tensor | None,
-    steps: int,
-    mode: int,
-    reverse: bool,
-    save: bool,
-) -> tuple[Tensor, ...]:
+def _present(results: tuple[Tensor, ...]) -> list[Tensor | None]:
+    return [result if result.numel() else None for result in results]
+
+
+def _triton_recurrence(name: str) -> Callable[..., None]:
+    def fill(
+        tensors: Tensors,
+        results: tuple[Tensor, ...],
+        sizes: tuple[int, ...],
+        mode: int,
+        reverse: bool,
+        projection: bool,
+    ) -> None:
+        from fastdl.kernels import rnn as kernels
+
+        *given, batch_sizes = tensors
+        like, steps = results[0], sizes[2]
+        inputs = *_contiguous(*given), _starts(batch_sizes, like)
+        allow_tf32 = _native.allow_tf32(like, "rnn")
+        getattr(kernels, name)(*inputs, *_present(results), steps, mode, reverse, allow_tf32=allow_tf32)
+
+    return fill
+
+
+def _triton_cell(tensors: Tensors, results: tuple[Tensor, ...], mode: int) -> None:
     from fastdl.kernels import rnn as kernels
 
-    if projected.numel() == 0:
-        return reference(projected, hx, cx, weight_hh, bias_hn, weight_hr, batch_sizes, steps, mode, reverse, save)
-    rows, hidden = projected.shape[0], weight_hh.shape[0] // GATES[mode]
-    results = (
-        projected.new_empty((rows, hx.shape[1])),
-        hx.new_empty(hx.shape),
-        None if cx is None else cx.new_empty(cx.shape),
-        projected.new_empty((rows, 4 * hidden)) if save and mode >= LSTM else None,
-        projected.new_empty((rows, hidden)) if save and mode == LSTM else None,
-    )
-    inputs = *_contiguous(projected, hx, cx, weight_hh, bias_hn, weight_hr), _starts(batch_sizes, hx)
-    kernels.recurrence(*inputs, *results, steps, mode, reverse, allow_tf32=_native.allow_tf32(hx, "rnn"))
-    return _results(results)
+    allow_tf32 = _native.matmul_allows_tf32()  # torch's cells are made of matmuls
+    kernels.recurrent_cell(*_contiguous(*tensors), *_present(results), mode, allow_tf32=allow_tf32)
 
 
-def _results(results: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
-    """An op's results, where None stands for one of no elements."""
-    like = next(result for result in results if result is not None)
-    return tuple(like.new_empty(0) if result is None else result for result in results)
-
-
-@RECURRENCE_BACKWARD.implement("triton", Support(_native.FLOATING))
-def _recurrence_backward_triton(
-    grad_output: Tensor | None,
-    grad_h_n: Tensor | None,
-    grad_c_n: Tensor | None,
-    output: Tensor,
-    hx: Tensor,
-    cx: Tensor | None,
-    weight_hh: Tensor,
-    weight_hr: Tensor | None,
-    gates: Tensor,
-    cells: Tensor,
-    batch_sizes: Tensor | None,
-    steps: int,
-    mode: int,
-    reverse: bool,
-) -> tuple[Tensor, ...]:
+def _triton_cell_backward(tensors: Tensors, results: tuple[Tensor, ...], mode: int) -> None:
     from fastdl.kernels import rnn as kernels
 
-    tensors: Any = grad_output, grad_h_n, grad_c_n, output, hx, cx, weight_hh, weight_hr, gates, cells
-    arguments = *tensors, batch_sizes, steps, mode, reverse
-    if output.numel() == 0:
-        return reference_backward(*arguments)
-    rows, columns = output.shape[0], weight_hh.shape[0]
-    results = (
-        output.new_empty((rows, columns)),
-        output.new_empty((rows, columns // 3)) if mode == GRU else None,
-        hx.new_empty(hx.shape),
-        None if cx is None else cx.new_empty(cx.shape),
-        None if weight_hr is None else output.new_empty(output.shape),
-    )
-    inputs = *_contiguous(*tensors), _starts(batch_sizes, hx)
-    kernels.recurrence_backward(*inputs, *results, steps, mode, reverse, allow_tf32=_native.allow_tf32(hx, "rnn"))
-    return _results(results)
+    kernels.recurrent_cell_backward(*_contiguous(*tensors), *_present(results), mode)
 
 
-@RECURRENT_CELL.implement("triton", Support(_native.FLOATING))
-def _recurrent_cell_triton(
-    input: Tensor,
-    hx: Tensor,
-    cx: Tensor | None,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias_ih: Tensor | None,
-    bias_hh: Tensor | None,
-    mode: int,
-    save: bool,
-) -> tuple[Tensor, ...]:
-    from fastdl.kernels import rnn as kernels
-
-    batch, hidden = hx.shape
-    results = (
-        hx.new_empty(hx.shape),
-        None if cx is None else cx.new_empty(cx.shape),
-        hx.new_empty((batch, 4 * hidden)) if save and mode >= LSTM else None,
-    )
-    inputs = _contiguous(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh)
-    if hx.numel():
-        allow_tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"  # torch's cells are made of matmuls
-        kernels.recurrent_cell(*inputs, *results, mode, allow_tf32=allow_tf32)
-    return _results(results)
-
-
-@RECURRENT_CELL_BACKWARD.implement("triton", Support(_native.FLOATING))
-def _recurrent_cell_backward_triton(
-    grad_h: Tensor | None,
-    grad_c: Tensor | None,
-    hx: Tensor,
-    cx: Tensor | None,
-    h: Tensor,
-    c: Tensor,
-    gates: Tensor,
-    mode: int,
-) -> tuple[Tensor, ...]:
-    from fastdl.kernels import rnn as kernels
-
-    batch, hidden = hx.shape
-    columns = GATES[mode] * hidden
-    results = (
-        hx.new_empty((batch, columns)),
-        hx.new_empty((batch, columns)) if mode == GRU else None,
-        hx.new_empty(hx.shape) if mode == GRU else None,
-        hx.new_empty(hx.shape) if mode == LSTM else None,
-    )
-    if hx.numel():
-        kernels.recurrent_cell_backward(*_contiguous(grad_h, grad_c, hx, cx, h, c, gates), *results, mode)
-    return _results(results)
+_add(
+    "triton",
+    _triton_recurrence("recurrence"),
+    _triton_recurrence("recurrence_backward"),
+    _triton_cell,
+    _triton_cell_backward,
+)
 
 
 # ----------------------------------------------------------------------------------------------------------- autograd
