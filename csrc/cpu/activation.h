@@ -80,6 +80,9 @@ INLINE Doubles by_lane(Doubles x, F f) {
   for (int i = 0; i < lanes<double>; i++) x[i] = f(x[i]);
   return x;
 }
+INLINE Doubles exp_at_most_89(Doubles x) {
+  return by_lane(x, [](double v) { return ::exp(v); });
+}
 INLINE Doubles expm1_negative(Doubles x) {
   return by_lane(x, [](double v) { return ::expm1(v > 0 ? 0 : v); });
 }

@@ -109,6 +109,7 @@ void bind_cpu(py::module_& module) {
   module.def("use", &use, py::arg("name"), "Choose the instruction set, for tests.");
   module.def("advise_huge_pages", &advise_huge_pages, py::arg("pointer"), py::arg("bytes"), released(),
              "Ask the system for huge pages in a large fresh tensor.");
+  bind_attention(module);
   bind_conv(module);
   bind_batch_norm(module);
   bind_linear(module);

@@ -16,6 +16,7 @@ using released = py::call_guard<py::gil_scoped_release>;
 
 const Kernels& kernels();  // of the instruction set in use
 
+void bind_attention(py::module_& module);
 void bind_conv(py::module_& module);
 void bind_batch_norm(py::module_& module);
 void bind_linear(py::module_& module);

@@ -81,12 +81,15 @@ INLINE V at_most(V x, Scalar<V> limit) {
   return limits < x ? limits : x;
 }
 template <class V>
-INLINE V at_least(V x, Scalar<V> limit) {
-  V limits = broadcast<V>(limit);
+INLINE V larger(V limits, V x) {
 #if defined(__AVX512F__)
   if constexpr (std::is_same_v<V, Floats>) return (Floats)_mm512_max_ps((__m512)limits, (__m512)x);
 #endif
   return limits > x ? limits : x;
+}
+template <class V>
+INLINE V at_least(V x, Scalar<V> limit) {
+  return larger(broadcast<V>(limit), x);
 }
 
 // ---- conversions, rounding to nearest even; NaN, infinities and denormals are kept ----

@@ -37,6 +37,7 @@ INLINE void for_share(int64_t count, int thread, int team, F f) {
 // One block a thread and slot, kept for the next call because fresh memory costs page faults. Kernels bound what they
 // ask for by slicing their work, so what is kept is bounded too.
 enum ScratchSlot {
+  attention_blocks,
   shared_panels,
   private_panels,
   chunk_sums,

@@ -1,6 +1,7 @@
 """The package's functions: torch.nn.functional's names and signatures, plus keyword-only options."""
 
 from fastdl.functional.activation import elu, gelu, leaky_relu, relu, sigmoid, silu, tanh
+from fastdl.functional.attention import scaled_dot_product_attention, varlen_attention
 from fastdl.functional.batch_norm import batch_norm
 from fastdl.functional.conv import conv1d, conv2d
 from fastdl.functional.linear import linear
@@ -28,7 +29,9 @@ __all__ = [
     "rnn_relu_cell",
     "rnn_tanh",
     "rnn_tanh_cell",
+    "scaled_dot_product_attention",
     "sigmoid",
     "silu",
     "tanh",
+    "varlen_attention",
 ]
