@@ -190,7 +190,8 @@ def _scale(query: Tensor, scale: float | None) -> float:
 
 def _window(name: str, window_size: tuple[int, int], is_causal: bool) -> tuple[int, int]:
     """How many keys before and after its own a query sees; -1 for all."""
-    if len(window_size) != 2 or not all(isinstance(side, int | torch.SymInt) for side in window_size):
+    pair = isinstance(window_size, tuple | list) and len(window_size) == 2
+    if not pair or not all(isinstance(side, int | torch.SymInt) for side in window_size):
         raise TypeError(f"{name}: window_size is {window_size!r}, allowed: a pair of integers")
     left, right = [max(side, -1) for side in window_size]
     return left, 0 if is_causal else right

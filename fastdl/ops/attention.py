@@ -349,7 +349,7 @@ def _check_batch(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) ->
     if enable_gqa and all(shapes):
         heads = [shape[-1] for shape in shapes]
         for name, number in zip(("key", "value"), heads[1:], strict=True):
-            if number == 0 or heads[0] % number:
+            if number != heads[0] and (number == 0 or heads[0] % number):
                 raise RuntimeError(f"{NAME}: {name} has {number} heads, allowed: a divisor of query's {heads[0]}")
         shapes = [(*shape[:-1], heads[0]) for shape in shapes]
     try:
