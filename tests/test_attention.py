@@ -95,13 +95,18 @@ def masked(sees, inputs, dtype):
 
 
 def gradients_of(inputs, mask=None, is_causal=False):
-    """All inputs, or value alone where no query sees two keys: there the others are 0, and rounding all that is left."""
+    """Those whose gradient is not 0 but for rounding.
+
+    Value alone where no query sees two keys that differ, in score and value; no mask that is the same for all keys.
+    """
     seen = torch.ones(inputs["query"].shape[-2], inputs["key"].shape[-2], dtype=torch.bool)
     seen = seen.tril() if is_causal else seen
     if mask is not None:
         seen = seen & (mask if mask.dtype == torch.bool else mask != -math.inf)
-    several = seen.numel() and seen.sum(-1).max() > 1
-    return [name for name, t in inputs.items() if t.is_floating_point()] if several else ["value"]
+    equal = any(inputs[name].stride(-2) == 0 for name in ("key", "value"))
+    if seen.numel() == 0 or seen.sum(-1).max() <= 1 or equal:
+        return ["value"]
+    return [name for name, t in inputs.items() if name in NAMES or (t.is_floating_point() and t.shape[-1] > 1)]
 
 
 def check(backend, sees, inputs, grad_output=None, **options):
@@ -179,7 +184,8 @@ def test_batch_dimensions(backend, batch):
 )
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_masks_broadcast(backend, shape):
-    compare(backend, *pair(), make() | {"attn_mask": torch.randn(shape)}, multiple=4)
+    inputs = make() | {"attn_mask": torch.randn(shape)}
+    compare(backend, *pair(), inputs, needs=gradients_of(inputs), multiple=4)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -228,7 +234,7 @@ LAYOUTS = {
 def test_layouts_of_inputs(backend, layout):
     for dtype in (torch.float32, torch.bfloat16):
         inputs = {name: LAYOUTS[layout](tensor) for name, tensor in make(dtype=dtype).items()}
-        compare(backend, *pair(is_causal=True), inputs, multiple=4)
+        compare(backend, *pair(is_causal=True), inputs, needs=gradients_of(inputs), multiple=4)
     mask = LAYOUTS[layout](torch.randn(2, 3, 9, 11))
     compare(backend, *pair(), make() | {"attn_mask": mask}, multiple=4)
 
@@ -370,7 +376,6 @@ def test_repeats_are_bit_equal(backend):
     assert_repeats(backend, pair(enable_gqa=True)[0], inputs)
 
 
-# A float mask rounds scores that are as large as it: only torch's error, which is as large, is a measure there.
 shapes = st.tuples(st.integers(1, 2), st.integers(1, 3), st.integers(1, 80), st.integers(1, 300), st.integers(1, 70))
 
 
@@ -382,6 +387,7 @@ def test_any_shape_and_mask_on_the_cpu(shape, sees, dtype, density, data):
     if "cpu" not in KERNELS or dispatch.why_unavailable("cpu", "cpu"):
         pytest.skip("no compiled CPU kernels")
     batch, heads, queries, keys, size = shape
+    batch = max(batch, 100 // (heads * queries * size))  # the norm of few numbers' error is luck
     inputs = make((batch, heads), queries, keys, size, dtype=dtype)
     layouts = data.draw(st.tuples(*[st.sampled_from([*LAYOUTS, None])] * 3))
     for name, layout in zip(NAMES, layouts, strict=True):
