@@ -366,6 +366,7 @@ def test_the_largest_number_of_threads_and_one_agree(backend):
         for count in (1, 3):
             torch.set_num_threads(count)
             check(backend, "causal", make((1, 5), 70, 70, 16))
+            check(backend, "causal", make((1, 1), 70, 600, 16))  # fewer heads than threads
     finally:
         torch.set_num_threads(threads)
 

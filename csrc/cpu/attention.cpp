@@ -329,7 +329,7 @@ struct Attention {
                         panel_size(size), to - from, s_rows + from, row_words, false, strip);
         for (int64_t i = i0; i < i0 + strip; i++) {
           Sum *s = s_rows + (i - i0) * row_words, factor = scale;
-          Row row(scores, span, b, h, q0 + i);
+          const Row row(scores, span, b, h, q0 + i);
           if (!row.is_whole(k0 + from, k0 + whole)) {
             row.change(s, k0, from, whole, scale);
             factor = 1;
@@ -385,24 +385,38 @@ struct Attention {
 
   static int64_t workspace_rows(const AttentionShape& shape) { return shape.group * longest(shape); }
   static int64_t gradient_columns(const AttentionShape& shape) { return round_up(shape.size, columns); }
-  // of a thread: dQ, logsumexp and rowsum(O dO)
-  static int64_t workspace_size(const AttentionShape& shape) {
+  // of a slot: dQ, logsumexp and rowsum(O dO)
+  static int64_t slot_size(const AttentionShape& shape) {
     return round_up(workspace_rows(shape) * (gradient_columns(shape) + 2), 64);
+  }
+  // A head of keys is one task or, where there are fewer than threads, several that share its blocks of keys.
+  static int64_t splits(const AttentionShape& shape, int64_t threads) {
+    int64_t pairs = shape.batch * (shape.heads / shape.group);
+    return pairs >= threads ? 1 : max(1, min(ceil_div(threads, max(1, pairs)), ceil_div(shape.keys, block_keys)));
+  }
+  static int64_t workspace_size(const AttentionShape& shape, int64_t threads) {
+    int64_t parts = splits(shape, threads);
+    return slot_size(shape) * (parts == 1 ? threads : parts * shape.batch * (shape.heads / shape.group));
   }
 
   static void backward(const AttentionBackwardArguments& arguments) {
     const AttentionShape& shape = arguments.shape;
-    int64_t units = shape.batch * (shape.heads / shape.group), threads = min(arguments.threads, max(1, units)),
-            next = 0;
-    parallel(threads, [&](int thread, int) {
-      Sum* workspace = static_cast<Sum*>(arguments.workspace) + thread * workspace_size(shape);
+    int64_t key_heads = shape.heads / shape.group, pairs = shape.batch * key_heads, next = 0;
+    int64_t parts = splits(shape, arguments.threads), size = slot_size(shape);
+    Sum* workspace = static_cast<Sum*>(arguments.workspace);
+    parallel(min(arguments.threads, max(1, pairs * parts)), [&](int thread, int) {
       while (true) {
-        int64_t unit = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
-        if (unit >= units) break;
-        int64_t key_heads = shape.heads / shape.group;
-        backward_unit(arguments, unit / key_heads, unit % key_heads, workspace);
+        int64_t task = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
+        if (task >= pairs * parts) break;
+        int64_t b = task / parts / key_heads, key_head = task / parts % key_heads;
+        Sum* slot = workspace + (parts == 1 ? thread : task) * size;
+        backward_keys(arguments, b, key_head, task % parts, parts, slot);
+        if (parts == 1) finish_queries(arguments, b, key_head, slot, 1);
       }
     });
+    if (parts == 1) return;
+    for (int64_t pair = 0; pair < pairs; pair++)
+      finish_queries(arguments, pair / key_heads, pair % key_heads, workspace + pair * parts * size, parts);
   }
 
   struct Buffers {
@@ -410,7 +424,9 @@ struct Attention {
     Sum *s_rows, *dp_rows, *dk, *dv, *factors;
   };
 
-  static void backward_unit(const AttentionBackwardArguments& arguments, int64_t b, int64_t key_head, Sum* dq) {
+  // the part-th of the parts of a head's keys: their gradients, and what they add to the queries'
+  static void backward_keys(const AttentionBackwardArguments& arguments, int64_t b, int64_t key_head, int64_t part,
+                            int64_t parts, Sum* dq) {
     const AttentionShape& shape = arguments.shape;
     const AttentionScores& scores = arguments.scores;
     const Span span(shape, scores, b);
@@ -435,7 +451,9 @@ struct Attention {
     __builtin_memset(dq, 0, group * rows * dq_columns * sizeof(Sum));
     auto key = heads_of(arguments.key, b, key_head, span.first_key);
     auto value = heads_of(arguments.value, b, key_head, span.first_key);
-    for (int64_t k0 = 0; k0 < span.keys; k0 += block_keys) {
+    int64_t blocks = ceil_div(span.keys, block_keys);
+    for (int64_t k0 = blocks * part / parts * block_keys; k0 < blocks * (part + 1) / parts * block_keys;
+         k0 += block_keys) {
       int64_t keys = min(block_keys, span.keys - k0);
       Operand<T> k{key.data + k0 * key.row_stride, key.row_stride, 1, keys};
       pack_panels(to.k_panels, k, size);
@@ -456,13 +474,25 @@ struct Attention {
                   static_cast<Sum>(scores.scale));
       finish_keys(arguments.grad_value, b, key_head, span.first_key + k0, keys, value_size, to.dv, 1);
     }
+  }
+
+  // the gradients of queries from the sums of all parts
+  static void finish_queries(const AttentionBackwardArguments& arguments, int64_t b, int64_t key_head, const Sum* dq,
+                             int64_t parts) {
     if (!arguments.grad_query.data) return;
-    for (int64_t g = 0; g < group; g++)
-      for (int64_t i = 0; i < rows; i++) {
-        T* to_row = row_of(arguments.grad_query, b, key_head * group + g, span.first_query + i);
-        for (int64_t d = 0; d < size; d += width)
-          store(to_row + d, load(dq + (g * rows + i) * dq_columns + d) * static_cast<Sum>(scores.scale), size - d);
+    const AttentionShape& shape = arguments.shape;
+    const Span span(shape, arguments.scores, b);
+    const Sum scale = static_cast<Sum>(arguments.scores.scale);
+    int64_t dq_columns = gradient_columns(shape);
+    for (int64_t row = 0; row < shape.group * span.queries; row++, dq += dq_columns) {
+      int64_t h = key_head * shape.group + row / span.queries;
+      T* to = row_of(arguments.grad_query, b, h, span.first_query + row % span.queries);
+      for (int64_t d = 0; d < shape.size; d += width) {
+        V total = load(dq + d);
+        for (int64_t part = 1; part < parts; part++) total += load(dq + part * slot_size(shape) + d);
+        store(to + d, total * scale, shape.size - d);
       }
+    }
   }
 
   // logsumexp, infinity for a row that saw nothing, so that its probabilities are 0; rowsum(O dO) - its gradient
@@ -510,7 +540,7 @@ struct Attention {
       Word* strip_rows = depth == 1 ? ds_rows + i0 * row_words : ds_rows;
       for (int64_t i = 0; i < strip; i++) {
         Sum *s = to.s_rows + i * row_words, *dp = to.dp_rows + i * row_words, factor = scale;
-        Row row(scores, span, b, h, q0 + i0 + i);
+        const Row row(scores, span, b, h, q0 + i0 + i);
         if (!row.is_whole(k0 + from, k0 + whole)) {
           row.change(s, k0, from, whole, scale);
           factor = 1;
@@ -629,7 +659,7 @@ int64_t attention_backward_workspace(int dtype, const AttentionShape& shape, int
   int64_t bytes = 0;
   with_dtype(dtype, [&](auto type) {
     using A = Attention<typename decltype(type)::type>;
-    bytes = A::workspace_size(shape) * threads * sizeof(typename A::Sum);
+    bytes = A::workspace_size(shape, threads) * sizeof(typename A::Sum);
   });
   return bytes;
 }
