@@ -188,6 +188,14 @@ def test_masks_broadcast(backend, shape):
     compare(backend, *pair(), inputs, needs=gradients_of(inputs), multiple=4)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=name_of)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_masks_of_float32(backend, dtype):
+    inputs = make(dtype=dtype) | {"attn_mask": torch.randn(9, 11)}
+    both = [lambda query, key, value, attn_mask, f=f: f(query, key, value, attn_mask) for f in (ours, theirs)]
+    compare(backend, *both, inputs, multiple=4)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_masks_of_more_batch_dimensions(backend):
     for shape in [(9, 11), (3, 9, 11), (2, 1, 9, 11), (2, 1, 1, 9, 11)]:

@@ -142,7 +142,7 @@ struct Attention {
   static int64_t words(int64_t k) { return ceil_div(k, depth); }
   // of a panel of `columns` rows of k
   static int64_t panel_size(int64_t k) { return round_up(words(k) * columns + lanes<Word>, 64); }
-  static Sum* padded_row(Word* row) { return reinterpret_cast<Sum*>(row); }
+  static Sum* sums_of(Word* row) { return reinterpret_cast<Sum*>(row); }
 
   // c[rows, used_columns] (+)= a b
   static void multiply(int64_t words, const Word* a, const Word* b, int64_t b_stride, Sum* c, int64_t c_stride,
@@ -183,10 +183,16 @@ struct Attention {
       multiply(k, a, panels, columns, c + j, c_stride, accumulate, rows, used - j);
   }
 
-  static Heads<const T*> heads_of(const Heads<const void*>& heads, int64_t b, int64_t h, int64_t row) {
-    const T* data = static_cast<const T*>(heads.data);
-    return {data + b * heads.batch_stride + h * heads.head_stride + row * heads.row_stride, 0, heads.row_stride, 0};
-  }
+  // the rows of one head, `stride` apart
+  struct Rows {
+    const T* data;
+    int64_t stride;
+
+    Rows(const Heads<const void*>& heads, int64_t b, int64_t h, int64_t row)
+        : data(static_cast<const T*>(heads.data) + b * heads.batch_stride + h * heads.head_stride +
+               row * heads.row_stride),
+          stride(heads.row_stride) {}
+  };
   static T* row_of(const Heads<void*>& heads, int64_t b, int64_t h, int64_t row) {
     return static_cast<T*>(heads.data) + b * heads.batch_stride + h * heads.head_stride + row * heads.row_stride;
   }
@@ -202,7 +208,8 @@ struct Attention {
         : begin(span.begin(i)), end(span.end(i)), mask_kind(scores.mask_kind), mask(nullptr), slope(0) {
       int64_t at = b * scores.mask_batch_stride + h * scores.mask_head_stride + i * scores.mask_row_stride;
       if (mask_kind == boolean_mask) mask = static_cast<const uint8_t*>(scores.mask) + at;
-      if (mask_kind == additive_mask) mask = static_cast<const Sum*>(scores.mask) + at;
+      if (mask_kind == additive_mask) mask = static_cast<const T*>(scores.mask) + at;
+      if (mask_kind == wide_additive_mask) mask = static_cast<const Sum*>(scores.mask) + at;
       position = static_cast<Sum>(i + span.shift);
       if (scores.slopes) slope = static_cast<const Sum*>(scores.slopes)[b * scores.slopes_batch_stride + h];
     }
@@ -216,7 +223,8 @@ struct Attention {
       for (int64_t j = first; j < last; j += width) {
         V z = load(s + j) * scale, at = iota<Sum>() + static_cast<Sum>(j), never = broadcast<V>(-infinity<Sum>);
         int64_t n = end - key0 - j;
-        if (mask_kind == additive_mask && n > 0) z += load(static_cast<const Sum*>(mask) + key0 + j, n);
+        if (mask_kind == additive_mask && n > 0) z += load(static_cast<const T*>(mask) + key0 + j, n);
+        if (mask_kind == wide_additive_mask && n > 0) z += load(static_cast<const Sum*>(mask) + key0 + j, n);
         if (slope != 0) {
           V distance = (position - static_cast<Sum>(key0)) - at;
           z -= slope * (distance < 0 ? -distance : distance);
@@ -298,9 +306,9 @@ struct Attention {
     int64_t rows = min(step, span.queries - q0), size = shape.size, value_size = shape.value_size;
     if (rows <= 0) return;
     int64_t height = ceil_div(rows, ceil_div(rows, max_rows)), value_columns = round_up(value_size, columns);
-    auto query = heads_of(arguments.query, b, h, span.first_query + q0);
-    auto key = heads_of(arguments.key, b, h / shape.group, span.first_key);
-    auto value = heads_of(arguments.value, b, h / shape.group, span.first_key);
+    const Rows query(arguments.query, b, h, span.first_query + q0);
+    const Rows key(arguments.key, b, h / shape.group, span.first_key);
+    const Rows value(arguments.value, b, h / shape.group, span.first_key);
 
     int64_t key_panels = panel_size(size) * ceil_div(block_keys, columns);
     int64_t value_panels = panel_size(block_keys) * ceil_div(value_size, columns);
@@ -310,16 +318,16 @@ struct Attention {
     auto *q_rows = memory.template at<Word>(2), *p_rows = memory.template at<Word>(3);
     Dropout dropout(memory.template at<Sum>(4), scores, b * shape.heads + h);
     Sum *sums = memory.template at<Sum>(5), *tops = sums + step * value_columns, *totals = tops + most_forward_rows;
-    Sum* s_rows = padded_row(p_rows);
+    Sum* s_rows = sums_of(p_rows);
     const Sum scale = static_cast<Sum>(scores.scale);
 
-    pack_rows(q_rows, {query.data, query.row_stride, 1, rows}, rows, size);
+    pack_rows(q_rows, {query.data, query.stride, 1, rows}, rows, size);
     for (int64_t i = 0; i < rows; i++) tops[i] = -infinity<Sum>, totals[i] = 0;
     __builtin_memset(sums, 0, rows * value_columns * sizeof(Sum));
     for (int64_t k0 = span.begin(q0), last = span.end(q0 + rows - 1); k0 < last; k0 += block_keys) {
       int64_t keys = min(block_keys, last - k0);
-      pack_panels(k_panels, {key.data + k0 * key.row_stride, key.row_stride, 1, keys}, size);
-      pack_panels(v_panels, {value.data + k0 * value.row_stride, 1, value.row_stride, value_size}, keys);
+      pack_panels(k_panels, {key.data + k0 * key.stride, key.stride, 1, keys}, size);
+      pack_panels(v_panels, {value.data + k0 * value.stride, 1, value.stride, value_size}, keys);
       for (int64_t i0 = 0; i0 < rows; i0 += height) {
         int64_t strip = min(height, rows - i0);
         int64_t from = max(0, span.begin(q0 + i0) - k0) / columns * columns;
@@ -449,16 +457,16 @@ struct Attention {
 
     for (int64_t g = 0; g < group; g++) row_statistics(arguments, span, b, key_head * group + g, g, logsumexp, delta);
     __builtin_memset(dq, 0, group * rows * dq_columns * sizeof(Sum));
-    auto key = heads_of(arguments.key, b, key_head, span.first_key);
-    auto value = heads_of(arguments.value, b, key_head, span.first_key);
+    const Rows key(arguments.key, b, key_head, span.first_key);
+    const Rows value(arguments.value, b, key_head, span.first_key);
     int64_t blocks = ceil_div(span.keys, block_keys);
     for (int64_t k0 = blocks * part / parts * block_keys; k0 < blocks * (part + 1) / parts * block_keys;
          k0 += block_keys) {
       int64_t keys = min(block_keys, span.keys - k0);
-      Operand<T> k{key.data + k0 * key.row_stride, key.row_stride, 1, keys};
+      Operand<T> k{key.data + k0 * key.stride, key.stride, 1, keys};
       pack_panels(to.k_panels, k, size);
-      pack_panels(to.v_panels, {value.data + k0 * value.row_stride, value.row_stride, 1, keys}, value_size);
-      pack_panels(to.k_columns, {k.data, 1, key.row_stride, size}, keys);
+      pack_panels(to.v_panels, {value.data + k0 * value.stride, value.stride, 1, keys}, value_size);
+      pack_panels(to.k_columns, {k.data, 1, key.stride, size}, keys);
       __builtin_memset(to.dk, 0, size * row_words * sizeof(Sum));
       __builtin_memset(to.dv, 0, value_size * row_words * sizeof(Sum));
       for (int64_t g = 0; g < group; g++)
@@ -498,16 +506,15 @@ struct Attention {
   // logsumexp, infinity for a row that saw nothing, so that its probabilities are 0; rowsum(O dO) - its gradient
   static void row_statistics(const AttentionBackwardArguments& arguments, const Span& span, int64_t b, int64_t h,
                              int64_t g, Sum* logsumexp, Sum* delta) {
-    auto output = heads_of(arguments.output, b, h, span.first_query);
-    auto grad = heads_of(arguments.grad_output, b, h, span.first_query);
+    const Rows output(arguments.output, b, h, span.first_query);
+    const Rows grad(arguments.grad_output, b, h, span.first_query);
     int64_t from = lse_row(arguments.shape, span, b, h, 0), n = arguments.shape.value_size;
     const Sum *given = static_cast<const Sum*>(arguments.logsumexp) + from,
               *more = static_cast<const Sum*>(arguments.grad_logsumexp);
     for (int64_t i = 0; i < span.queries; i++) {
       V total = {};
       for (int64_t d = 0; d < n; d += width)
-        total +=
-            load(output.data + i * output.row_stride + d, n - d) * load(grad.data + i * grad.row_stride + d, n - d);
+        total += load(output.data + i * output.stride + d, n - d) * load(grad.data + i * grad.stride + d, n - d);
       delta[g * span.queries + i] = sum<Sum>(total) - (more ? more[from + i] : 0);
       logsumexp[g * span.queries + i] = given[i] == -infinity<Sum> ? infinity<Sum> : given[i];
     }
@@ -521,13 +528,12 @@ struct Attention {
     const AttentionScores& scores = arguments.scores;
     int64_t size = shape.size, value_size = shape.value_size, dq_columns = gradient_columns(shape);
     const Sum scale = static_cast<Sum>(scores.scale);
-    auto query = heads_of(arguments.query, b, h, span.first_query + q0);
-    auto grad = heads_of(arguments.grad_output, b, h, span.first_query + q0);
-    pack_rows(to.q_rows, {query.data, query.row_stride, 1, rows}, rows, size);
-    pack_rows(to.o_rows, {grad.data, grad.row_stride, 1, rows}, rows, value_size);
-    if (arguments.grad_key.data) pack_rows(to.q_columns, {query.data, 1, query.row_stride, size}, size, rows);
-    if (arguments.grad_value.data)
-      pack_rows(to.o_columns, {grad.data, 1, grad.row_stride, value_size}, value_size, rows);
+    const Rows query(arguments.query, b, h, span.first_query + q0);
+    const Rows grad(arguments.grad_output, b, h, span.first_query + q0);
+    pack_rows(to.q_rows, {query.data, query.stride, 1, rows}, rows, size);
+    pack_rows(to.o_rows, {grad.data, grad.stride, 1, rows}, rows, value_size);
+    if (arguments.grad_key.data) pack_rows(to.q_columns, {query.data, 1, query.stride, size}, size, rows);
+    if (arguments.grad_value.data) pack_rows(to.o_columns, {grad.data, 1, grad.stride, value_size}, value_size, rows);
     Dropout dropout(to.factors, scores, b * shape.heads + h);
     int64_t panel = from / columns, whole = round_up(last, width);
     Word* ds_rows = depth == 1 ? to.ds_pairs : to.ds_rows;
@@ -556,8 +562,8 @@ struct Attention {
           }
           V ds = p * (grad_p - d);
           if constexpr (depth == 1) {
-            store(padded_row(to.p_pairs + (i0 + i) * row_words) + j, remains);
-            store(padded_row(strip_rows + i * row_words) + j, ds);
+            store(sums_of(to.p_pairs + (i0 + i) * row_words) + j, remains);
+            store(sums_of(strip_rows + i * row_words) + j, ds);
           } else {
             store(s + j, remains);
             store(dp + j, ds);
@@ -567,7 +573,7 @@ struct Attention {
         if (arguments.grad_mask) {
           Sum* grad_mask = static_cast<Sum*>(arguments.grad_mask) +
                            ((b * shape.heads + h) * shape.queries + q0 + i0 + i) * shape.keys + k0;
-          const Sum* ds = depth == 1 ? padded_row(strip_rows + i * row_words) : dp;
+          const Sum* ds = depth == 1 ? sums_of(strip_rows + i * row_words) : dp;
           for (int64_t j = from; j < last; j += width) store(grad_mask + j, load(ds + j), last - j);
         }
       }

@@ -44,8 +44,8 @@ AttentionScores scores_of(const char* function, double scale, int64_t left, int6
                           int mask_kind, uintptr_t mask, int64_t mask_batch_stride, int64_t mask_head_stride,
                           int64_t mask_row_stride, uintptr_t slopes, int64_t slopes_batch_stride, double dropout,
                           uint64_t seed) {
-  if (mask_kind < no_mask || mask_kind > additive_mask)
-    refuse(function, "mask_kind", mask_kind, "0 (none), 1 (boolean) or 2 (additive)");
+  if (mask_kind < no_mask || mask_kind >= mask_kind_count)
+    refuse(function, "mask_kind", mask_kind, "0 (none), 1 (boolean), 2 (additive) or 3 (additive, as computed in)");
   if (mask_kind != no_mask) check_address(function, "mask", mask);
   if (!(dropout >= 0 && dropout <= 1))
     throw std::invalid_argument(std::string(function) + ": dropout is " + std::to_string(dropout) +

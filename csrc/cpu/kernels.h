@@ -277,11 +277,11 @@ struct AttentionShape {
   const int64_t *query_offsets, *key_offsets;  // [batch + 1] or null
 };
 
-enum MaskKind { no_mask, boolean_mask, additive_mask };
+enum MaskKind { no_mask, boolean_mask, additive_mask, wide_additive_mask, mask_kind_count };  // wide: as computed in
 
 // The score of query i for key j: scale * q . k + mask[i, j] - slope * |p - j|, where p - left <= j <= p + right and
-// the boolean mask is not 0, else -infinity. p = i, or with bottom_right i + keys - queries. What is not 16-bit is in
-// the dtype of computation.
+// the boolean mask is not 0, else -infinity. p = i, or with bottom_right i + keys - queries. An additive mask is in the
+// dtype of query, a wide one and the slopes in that of computation.
 struct AttentionScores {
   double scale;
   int64_t left, right;  // less than 0: no limit

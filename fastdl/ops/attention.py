@@ -503,8 +503,8 @@ def _arguments(
         query_offsets, key_offsets = [t.to(torch.int64).contiguous() for t in (query_offsets, key_offsets)]
     kind, mask_strides = 0, [0, 0, 0]
     if mask is not None:
-        kind = 1 if mask.dtype == torch.bool else 2
-        mask = mask if kind == 1 else mask.to(compute_dtype(query))
+        kind = 1 if mask.dtype == torch.bool else 2 if mask.dtype == query.dtype else 3
+        mask = mask.to(compute_dtype(query)) if kind == 3 else mask
         mask = _with_rows(mask.expand(*mask.shape[:3], keys))
         mask_strides = [0 if n == 1 else s for n, s in zip(mask.shape[:3], mask.stride(), strict=False)]
     if slopes is not None:
