@@ -192,8 +192,15 @@ def test_masks_broadcast(backend, shape):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_masks_of_float32(backend, dtype):
     inputs = make(dtype=dtype) | {"attn_mask": torch.randn(9, 11)}
-    both = [lambda query, key, value, attn_mask, f=f: f(query, key, value, attn_mask) for f in (ours, theirs)]
-    compare(backend, *both, inputs, multiple=4)
+    compare(backend, *pair(), inputs, needs=NAMES, multiple=4)
+    # The gradient of the mask is made of the output, which has the dtype of query: so has its error.
+    tensors = [t.to(device_of(backend)).requires_grad_() for t in inputs.values()]
+    exact = [t.double().requires_grad_() for t in inputs.values()]
+    with fastdl.use_backend(backend):
+        (gradient,) = torch.autograd.grad(ours(*tensors).sum(), tensors[3])
+    (expected,) = torch.autograd.grad(theirs(*exact).sum(), exact[3])
+    assert gradient.dtype == torch.float32
+    assert accuracy.error(gradient.cpu(), expected) <= max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
