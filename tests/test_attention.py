@@ -423,6 +423,8 @@ def test_any_shape_and_mask_on_the_cpu(shape, sees, dtype, density, data):
         else:
             options["attn_mask"] = mask
     needs = gradients_of(inputs, inputs.get("attn_mask", mask), sees == "causal")
+    if dtype.itemsize == 2 and "attn_mask" in needs:  # for it torch takes another kernel, which rounds nothing between
+        needs.remove("attn_mask")
     compare("cpu", *pair_of(options), inputs, needs=needs, multiple=4)
 
 
