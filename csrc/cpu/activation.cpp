@@ -1,10 +1,11 @@
 // Activations on their own, with or without a bias, and their gradients with the bias's.
 #include "activation.h"
 
-#include "families.h"
+#include "kernels/activation.h"
 #include "threads.h"
 
 namespace fastdl::ISA {
+FASTDL_CPU_ACTIVATION(DECLARE)
 
 // A task's share of a [rows, columns] tensor: strips keep a row's part in the first-level cache.
 constexpr int64_t strip_columns = 2048, task_elements = 8192;
@@ -84,7 +85,7 @@ static void backward_of(const BackwardArguments& arguments) {
   // additions whatever the number of threads, none of them a long running sum.
   constexpr int64_t run_rows = 64, strip = 1024;
   int64_t leaf_rows = round_up(max(1, ceil_div(rows, 128)), run_rows), leaves = max(1, ceil_div(rows, leaf_rows));
-  S* leaf_sums = scratch<S>(column_sums, leaves * columns);
+  S* leaf_sums = scratch<S, column_sums>(leaves * columns);
   if (rows == 0) __builtin_memset(leaf_sums, 0, columns * sizeof(S));
   for_each_piece(rows, columns, leaf_rows, strip, threads, [=](int64_t r0, int64_t r1, int64_t c0, int64_t c1) {
     S* leaf = leaf_sums + r0 / leaf_rows * columns + c0;

@@ -1,13 +1,17 @@
 // Attention without the matrix of scores in memory: the softmax of a block of keys is corrected when the next block has
 // larger scores (Milakov and Gimelshein, 2018; Dao et al., 2022), and the backward makes the scores again from their
 // logsumexp. Queries go down, keys across: a row of scores is words for the products with values that follow.
+#include "kernels/attention.h"
+
 #include "activation.h"
-#include "families.h"
 #include "gemm_core.h"
 #include "threads.h"
 
 namespace fastdl::ISA {
+FASTDL_CPU_ATTENTION(DECLARE)
 namespace {
+
+struct attention_blocks;
 
 // ---- small parts ----
 template <class S>
@@ -634,7 +638,7 @@ struct Attention {
     explicit Memory(const int64_t (&counts)[parts]) {
       int64_t total = 0;
       for (int64_t count : counts) total += round_up(count, 64);
-      Word* next = scratch<Word>(attention_blocks, total);
+      Word* next = scratch<Word, attention_blocks>(total);
       for (int i = 0; i < parts; i++) at_[i] = next, next += round_up(counts[i], 64);
     }
     template <class E>

@@ -5,11 +5,13 @@
 // column being one of a channel's inner elements. Either way the partial sums depend on the shape alone, so results do
 // not depend on the number of threads, and the second pass goes in the order of memory: by channel it would touch every
 // page of a fresh output for each of them.
+#include "kernels/batch_norm.h"
+
 #include "activation.h"
-#include "families.h"
 #include "threads.h"
 
 namespace fastdl::ISA {
+FASTDL_CPU_BATCH_NORM(DECLARE)
 
 // elements worth a thread of their own, and the most parts that work is cut into
 constexpr int64_t thread_elements = 16384, most_parts = 64;
@@ -330,8 +332,8 @@ static void forward_by_planes(const BatchNormShape& shape, int64_t threads, cons
                               Finish finish, Element element) {
   using S = Compute<T>;
   Planes planes(shape);
-  Moments* partial = reduce ? scratch<Moments>(column_sums, planes.channels * planes.parts) : nullptr;
-  Columns<S> columns(scratch<S>(split_sums, Columns<S>::count * planes.channels), planes.channels);
+  Moments* partial = reduce ? scratch<Moments, column_sums>(planes.channels * planes.parts) : nullptr;
+  Columns<S> columns(scratch<S, split_sums>(Columns<S>::count * planes.channels), planes.channels);
   parallel(threads, [&](int thread, int team) {
     if (reduce) {
       planes.for_each_part(thread, team, [&](int64_t channel, int64_t part) {
@@ -369,9 +371,9 @@ static void forward_by_rows(const BatchNormShape& shape, int64_t threads, const 
   int64_t inner = shape.inner;
   for_each_round(shape, [&](int64_t first, int64_t end) {
     Rows rows(shape.outer, (end - first) * inner, shape.channels * inner);
-    double* means = reduce ? scratch<double>(column_sums, 2 * rows.leaves * rows.columns) : nullptr;
+    double* means = reduce ? scratch<double, column_sums>(2 * rows.leaves * rows.columns) : nullptr;
     double* squares = means + rows.leaves * rows.columns;
-    Columns<S> columns(scratch<S>(split_sums, Columns<S>::count * rows.columns), rows.columns);
+    Columns<S> columns(scratch<S, split_sums>(Columns<S>::count * rows.columns), rows.columns);
     int64_t offset = first * inner;
     parallel(threads, [&](int thread, int team) {
       if (reduce) {
@@ -469,8 +471,8 @@ static void backward_by_planes(const BatchNormShape& shape, int64_t threads, boo
                                Coefficients coefficients, Gradient gradient, Finish finish, Element element) {
   using V = Vector<S>;
   Planes planes(shape);
-  GradientSums* partial = reduce ? scratch<GradientSums>(column_sums, planes.channels * planes.parts) : nullptr;
-  Columns<S> columns(scratch<S>(split_sums, Columns<S>::count * planes.channels), planes.channels);
+  GradientSums* partial = reduce ? scratch<GradientSums, column_sums>(planes.channels * planes.parts) : nullptr;
+  Columns<S> columns(scratch<S, split_sums>(Columns<S>::count * planes.channels), planes.channels);
   parallel(threads, [&](int thread, int team) {
     if (reduce) {
       planes.for_each_part(thread, team, [&](int64_t channel, int64_t part) {
@@ -528,9 +530,9 @@ static void backward_by_rows(const BatchNormShape& shape, int64_t threads, bool 
   int64_t inner = shape.inner;
   for_each_round(shape, [&](int64_t first, int64_t end) {
     Rows rows(shape.outer, (end - first) * inner, shape.channels * inner);
-    double* gradients = reduce ? scratch<double>(column_sums, 2 * rows.leaves * rows.columns) : nullptr;
+    double* gradients = reduce ? scratch<double, column_sums>(2 * rows.leaves * rows.columns) : nullptr;
     double* products = gradients + rows.leaves * rows.columns;
-    Columns<S> columns(scratch<S>(split_sums, Columns<S>::count * rows.columns), rows.columns);
+    Columns<S> columns(scratch<S, split_sums>(Columns<S>::count * rows.columns), rows.columns);
     int64_t offset = first * inner;
     parallel(threads, [&](int thread, int team) {
       auto for_each_channel = [&](auto f) {

@@ -1,10 +1,12 @@
 // Convolutions that the library has no good kernel for, in NCHW: 1x1 as a matrix product for each image, depthwise, and
 // the gradient of activation and bias. A plane is one channel of one image.
+#include "kernels/conv.h"
+
 #include "activation.h"
-#include "families.h"
 #include "gemm.h"
 
 namespace fastdl::ISA {
+FASTDL_CPU_CONV(DECLARE)
 
 // f(plane) for this thread's planes; fewer threads where the work of one would not pay its start
 template <class F>
@@ -71,7 +73,7 @@ static void conv_1x1_weight_gradient_of(const Conv1x1GradientArguments& argument
   int64_t size = out_channels * channels;
   // Each part of the images is summed on its own; the parts are added in order.
   int64_t parts = max(1, min(arguments.images, arguments.threads));
-  S* sums = scratch<S>(column_sums, parts * size);
+  S* sums = scratch<S, column_sums>(parts * size);
   parallel(parts, [&](int thread, int team) {
     for (int64_t part = thread; part < parts; part += team) {
       S* sum = sums + part * size;
@@ -121,7 +123,7 @@ struct PaddedRows {
     rows = (band - 1) * a.stride_h + reach;
     first = a.padding_w < 0 ? ceil_div(-a.padding_w, a.upsample_w) : 0;
     last = min(a.width, ceil_div(row_size - a.padding_w, a.upsample_w));
-    row_data = scratch<S>(private_panels, rows * row_size + a.width + 3 * lanes<S>);
+    row_data = scratch<S, private_panels>(rows * row_size + a.width + 3 * lanes<S>);
     widened = row_data + rows * row_size;
   }
 
@@ -182,7 +184,7 @@ template <class T>
 static int64_t* tap_offsets(const DepthwiseArguments& a) {
   PaddedRows<T> rows(a);
   int64_t taps = a.kernel_height * a.kernel_width;
-  int64_t* offsets = scratch<int64_t>(split_sums, taps);
+  int64_t* offsets = scratch<int64_t, split_sums>(taps);
   for (int64_t t = 0; t < taps; t++) offsets[t] = rows.tap(t / a.kernel_width, t % a.kernel_width);
   return offsets;
 }
@@ -202,7 +204,7 @@ static void depthwise_of(const DepthwiseArguments& arguments) {
   for_each_plane(planes, planes * pixels * taps / 8, a.threads, [=](int64_t plane, int, int) {
     PaddedRows<T> rows(arguments);
     int64_t channel = plane % a.channels;
-    S* weights = scratch<S>(chunk_sums, taps);
+    S* weights = scratch<S, chunk_sums>(taps);
     for (int64_t t = 0; t < taps; t++) weights[t] = load(weight + channel * taps + (a.flip ? taps - 1 - t : t), 1)[0];
     Vector<S> first = broadcast<Vector<S>>(bias ? load(bias + channel, 1)[0] : 0);
     int64_t row_step = a.stride_h * rows.row_size;
@@ -249,7 +251,7 @@ static void depthwise_weight_gradient_of(const DepthwiseArguments& arguments) {
   int64_t taps = a.kernel_height * a.kernel_width, pixels = a.out_height * a.out_width;
   int64_t planes = a.images * a.channels, work = planes * pixels * taps / 8;
   const int64_t* offsets = tap_offsets<T>(a);
-  double* sums = scratch<double>(column_sums, planes * taps);  // of each plane
+  double* sums = scratch<double, column_sums>(planes * taps);  // of each plane
   for_each_plane(planes, work, a.threads, [=](int64_t plane, int, int) {
     PaddedRows<T> rows(arguments);
     double* sum = sums + plane * taps;
@@ -294,7 +296,7 @@ static void channel_gradient_of(const ChannelGradientArguments& arguments) {
   int64_t channels = arguments.channels, images = arguments.images, pixels = arguments.pixels;
   int64_t planes = images * channels;
   S parameter = static_cast<S>(arguments.activation.parameter);
-  double* sums = grad_bias ? scratch<double>(column_sums, planes) : nullptr;  // of each plane
+  double* sums = grad_bias ? scratch<double, column_sums>(planes) : nullptr;  // of each plane
   for_each_plane(planes, planes * pixels, arguments.threads, [=](int64_t plane, int, int) {
     constexpr int64_t run = 64 * width;  // elements summed before they join the total
     double total = 0;

@@ -84,8 +84,8 @@ struct TeamGemm {
     blocks = max(ceil_div(panels, max(1, private_bytes / panel_bytes)), threads == 1 ? 1 : 4 * threads);
     blocks = min(panels, round_up(blocks, threads));
     pieces = min(others, ceil_div(threads, blocks));
-    shared = scratch<Word>(shared_panels, others * (a_is_shared ? a_size(chunk) : b_size(chunk)));
-    if (chunk < k) sums = scratch<Sum>(chunk_sums, a_panels * b_panels * height * C::columns);
+    shared = scratch<Word, shared_panels>(others * (a_is_shared ? a_size(chunk) : b_size(chunk)));
+    if (chunk < k) sums = scratch<Sum, chunk_sums>(a_panels * b_panels * height * C::columns);
   }
 
   int64_t a_size(int64_t depth) const { return C::panel_size(height, depth); }
@@ -140,7 +140,7 @@ struct TeamGemm {
     int64_t other_first = others * piece / pieces, other_last = others * (piece + 1) / pieces;
     int64_t size = a_is_shared ? b_size(depth) : a_size(depth);
     int64_t other_size = a_is_shared ? a_size(depth) : b_size(depth);
-    Word* own = scratch<Word>(private_panels, (last - first) * size);
+    Word* own = scratch<Word, private_panels>((last - first) * size);
     if (block != packed_block) {
       if (a_is_shared)
         pack_b(own, first, last, from, depth);
@@ -210,7 +210,7 @@ template <class T>
 void gemm_split_k(Operand<T> a, Operand<T> b, int64_t k, int64_t splits, Epilogue<typename Core<T>::Sum> epilogue) {
   using Sum = typename Core<T>::Sum;
   int64_t m = a.count, n = b.count, part = round_up(ceil_div(k, splits), 64);
-  Sum* sums = scratch<Sum>(split_sums, splits * m * n);
+  Sum* sums = scratch<Sum, split_sums>(splits * m * n);
   parallel(splits, [&](int thread, int team) {
     for (int64_t split = thread; split < splits; split += team) {
       Sum* c = sums + split * m * n;

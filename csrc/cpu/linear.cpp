@@ -1,9 +1,11 @@
 // Linear layers: a matrix product with bias and activation applied to each tile while it is in the first-level cache.
+#include "kernels/linear.h"
+
 #include "activation.h"
-#include "families.h"
 #include "gemm.h"
 
 namespace fastdl::ISA {
+FASTDL_CPU_LINEAR(DECLARE)
 
 template <class T, int kind>
 static void linear_of(const LinearArguments& arguments) {

@@ -2,11 +2,20 @@
 // lies in memory so; of NCHW, tiles of as many planes as a vector has lanes are transposed in cache, which makes every
 // stride, dilation and window as fast as the simple ones. Each target element gathers what it is made of, so threads
 // share nothing, and a gradient is summed in one order.
-#include "families.h"
+#include "kernels/pooling.h"
+
 #include "threads.h"
 
 namespace fastdl::ISA {
+FASTDL_CPU_POOLING(DECLARE)
 namespace {
+
+struct pooling_values;
+struct pooling_results;
+struct pooling_codes;
+struct pooling_runs;
+struct pooling_windows;
+struct pooling_divisors;
 
 template <class T, int n>
 struct VectorOfCount {
@@ -319,8 +328,8 @@ void planar(const PoolingArguments& a, const Geometry& g) {
       const Rectangle from{down.begin, down.end - down.begin, right.begin, right.end - right.begin};
       const Rectangle to{h0, h1 - h0, w0, w1 - w0};
       const int64_t from_size = from.rows * from.columns * n, to_size = to.rows * to.columns * n;
-      S* values = scratch<S>(pooling_values, from_size + to_size);
-      K* codes = with_codes ? scratch<K>(pooling_codes, mode == max_forward ? to_size : from_size) : nullptr;
+      S* values = scratch<S, pooling_values>(from_size + to_size);
+      K* codes = with_codes ? scratch<K, pooling_codes>(mode == max_forward ? to_size : from_size) : nullptr;
       to_tile<S, Vector<S>>(static_cast<const T*>(a.source) + plane * source_size, source_size, count, from,
                             columns.sources, values, load_values);
       if constexpr (with_codes && mode == max_backward)
@@ -406,8 +415,8 @@ void pooling(const PoolingArguments& a) {
   const bool backward = a.mode == max_backward || a.mode == average_backward;
   const int64_t row_targets = backward ? a.rows.input : a.rows.output;
   const int64_t column_targets = backward ? a.columns.input : a.columns.output;
-  Run* runs = scratch<Run>(pooling_runs, row_targets + column_targets);
-  double* divisors = scratch<double>(pooling_divisors, a.rows.output + a.columns.output);
+  Run* runs = scratch<Run, pooling_runs>(row_targets + column_targets);
+  double* divisors = scratch<double, pooling_divisors>(a.rows.output + a.columns.output);
   Geometry g{{runs, divisors, row_targets, backward ? a.rows.output : a.rows.input, 0, 0},
              {runs + row_targets, divisors + a.rows.output, column_targets,
               backward ? a.columns.output : a.columns.input, 0, 0},
@@ -419,7 +428,7 @@ void pooling(const PoolingArguments& a) {
     fill_windows(g.columns, a.columns, adaptive, positions, 1, a.count_include_pad);
   } else {
     if (a.mode == average_backward) {
-      Run* windows = scratch<Run>(pooling_windows, a.rows.output + a.columns.output);
+      Run* windows = scratch<Run, pooling_windows>(a.rows.output + a.columns.output);
       Axis rows = g.rows, columns = g.columns;
       rows.runs = windows;
       columns.runs = windows + a.rows.output;
@@ -460,7 +469,7 @@ static const Compute<T>* widened(const T* from, int64_t count) {
   if constexpr (std::is_same_v<S, T>) {
     return from;
   } else {
-    S* copy = scratch<S>(pooling_values, count);
+    S* copy = scratch<S, pooling_values>(count);
     for (int64_t i = 0; i < count; i += lanes<S>) store(copy + i, load(from + i, count - i), count - i);
     return copy;
   }
@@ -519,7 +528,7 @@ static void fractional_backward_of(const FractionalArguments& a) {
       if constexpr (std::is_same_v<S, T>)
         results = grad_input;
       else
-        results = scratch<S>(pooling_results, input_size);
+        results = scratch<S, pooling_results>(input_size);
       __builtin_memset(results, 0, input_size * sizeof(S));
       const int64_t* indices = a.indices + plane * output_size;
       for (int64_t i = 0; i < output_size; i++) results[indices[i]] += values[i];

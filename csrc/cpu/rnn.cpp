@@ -3,9 +3,8 @@
 // of them reaches the others at the one barrier of a step.
 #include "rnn.h"
 
-#include "families.h"
-
 namespace fastdl::ISA {
+FASTDL_CPU_RNN(DECLARE)
 
 // ---- forward ----
 template <class T>

@@ -5,6 +5,7 @@
 
 #include "activation.h"
 #include "gemm_amx.h"
+#include "kernels/rnn.h"
 #include "threads.h"
 
 namespace fastdl::ISA {

@@ -1,8 +1,8 @@
 // Recurrent cells: one step, both products, biases and gates together; and the gradients of the gates.
-#include "families.h"
 #include "rnn.h"
 
 namespace fastdl::ISA {
+FASTDL_CPU_RNN(DECLARE)
 
 // Lane j of the result is the sum of the lanes of v[j].
 template <int distance = 1, class V, int n>
@@ -129,11 +129,11 @@ struct Cell {
     const int64_t input_panel = R::panel_size(size), hidden_panel = R::panel_size(hidden);
     using Element = typename R::Element;
     int64_t rows = R::padded(min(batch, slice)), blocks = ceil_div(hidden, columns);
-    Element* inputs = scratch<Element>(shared_panels, rows * (input_stride + hidden_stride));
+    Element* inputs = scratch<Element, shared_panels>(rows * (input_stride + hidden_stride));
     Element* states = inputs + rows * input_stride;
     parallel(useful_threads(), [&](int thread, int team) {
       R::begin();
-      auto* panels = scratch<typename R::Word>(private_panels, gates * (input_panel + hidden_panel));
+      auto* panels = scratch<typename R::Word, private_panels>(gates * (input_panel + hidden_panel));
       for (int64_t first = 0; first < batch; first += slice) {
         int64_t count = min(slice, batch - first);
         if (first) barrier(team);

@@ -11,12 +11,13 @@
 #include <type_traits>
 #include <utility>
 
-#include "kernels.h"
+#include "kernels/common.h"
 
 #if !defined(ISA)
 #error "define ISA as the name of the instruction set that the compiler's flags choose: see isas.json"
 #endif
 #define INLINE inline __attribute__((always_inline))
+#define DECLARE(result, name, arguments) result name arguments;  // for FASTDL_CPU_<FAMILY> of kernels/
 
 namespace fastdl::ISA {
 

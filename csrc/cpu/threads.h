@@ -34,31 +34,14 @@ INLINE void for_share(int64_t count, int thread, int team, F f) {
   for (int64_t i = count * thread / team; i < count * (thread + 1) / team; i++) f(i);
 }
 
-// One block a thread and slot, kept for the next call because fresh memory costs page faults. Kernels bound what they
-// ask for by slicing their work, so what is kept is bounded too.
-enum ScratchSlot {
-  attention_blocks,
-  shared_panels,
-  private_panels,
-  chunk_sums,
-  split_sums,
-  column_sums,
-  pooling_values,
-  pooling_results,
-  pooling_codes,
-  pooling_runs,
-  pooling_windows,
-  pooling_divisors,
-  slot_count
-};
+// One block a thread and slot (a type that names it), kept for the next call because fresh memory costs page faults.
+// Kernels bound what they ask for by slicing their work, so what is kept is bounded too.
 struct ScratchBlock {
   void* data = nullptr;
   size_t bytes = 0;
   ~ScratchBlock() { free(data); }
 };
-inline void* scratch_bytes(ScratchSlot slot, size_t bytes) {
-  static thread_local ScratchBlock blocks[slot_count];
-  ScratchBlock& block = blocks[slot];
+inline void* scratch_bytes(ScratchBlock& block, size_t bytes) {
   if (block.bytes < bytes) {
     free(block.data);
     block.bytes = round_up(bytes, 4096);
@@ -67,9 +50,20 @@ inline void* scratch_bytes(ScratchSlot slot, size_t bytes) {
   }
   return block.data;
 }
-template <class T>
-T* scratch(ScratchSlot slot, int64_t count) {
-  return static_cast<T*>(scratch_bytes(slot, count * sizeof(T)));
+template <class Slot>
+void* scratch_bytes(size_t bytes) {
+  static thread_local ScratchBlock block;
+  return scratch_bytes(block, bytes);
 }
+template <class T, class Slot>
+T* scratch(int64_t count) {
+  return static_cast<T*>(scratch_bytes<Slot>(count * sizeof(T)));
+}
+// slots that products and sums of all families share
+struct shared_panels;
+struct private_panels;
+struct chunk_sums;
+struct split_sums;
+struct column_sums;
 
 }  // namespace fastdl::ISA
