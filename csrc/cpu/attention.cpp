@@ -5,6 +5,7 @@
 
 #include "activation.h"
 #include "gemm_core.h"
+#include "philox.h"
 #include "threads.h"
 
 namespace fastdl::ISA {
@@ -16,62 +17,6 @@ struct attention_blocks;
 // ---- small parts ----
 template <class S>
 constexpr S infinity = static_cast<S>(__builtin_inff());
-template <class S>
-INLINE Vector<S> iota() {
-  Vector<S> lane;
-  for (int i = 0; i < lanes<S>; i++) lane[i] = static_cast<S>(i);
-  return lane;
-}
-template <int distance, class V, int... i>
-INLINE V swapped(V v, std::integer_sequence<int, i...>) {
-  return __builtin_shufflevector(v, v, (i ^ distance)...);
-}
-// f over all lanes, in pairs
-template <int distance, class V, class F>
-INLINE Scalar<V> fold(V v, F f) {
-  if constexpr (distance == 0) {
-    return v[0];
-  } else {
-    constexpr int n = sizeof(V) / sizeof(v[0]);
-    return fold<distance / 2>(f(v, swapped<distance>(v, std::make_integer_sequence<int, n>())), f);
-  }
-}
-template <class S>
-INLINE S sum(Vector<S> v) {
-  return fold<lanes<S> / 2>(v, [](auto a, auto b) __attribute__((always_inline)) { return a + b; });
-}
-template <class S>
-INLINE S largest(Vector<S> v) {
-  return fold<lanes<S> / 2>(v, [](auto a, auto b) __attribute__((always_inline)) { return larger(a, b); });
-}
-
-// Philox4x32-10 (Salmon et al., 2011) on vectors of counters
-struct Philox {
-  using Wide = Vector<uint64_t>;
-  using Counters = Vector<uint32_t>;
-
-  // high and low halves of the lanes' products
-  INLINE static void multiply(Counters x, uint64_t factor, Counters& high, Counters& low) {
-    Wide even = ((Wide)x & 0xffffffff) * factor, odd = ((Wide)x >> 32) * factor;
-    high = (Counters)((even >> 32) | (odd & 0xffffffff00000000));
-    low = (Counters)((even & 0xffffffff) | (odd << 32));
-  }
-  INLINE static void rounds(Counters (&c)[4], uint64_t seed) {
-    uint32_t key[2] = {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)};
-    for (int round = 0; round < 10; round++) {
-      Counters high0, low0, high1, low1;
-      multiply(c[0], 0xD2511F53, high0, low0);
-      multiply(c[2], 0xCD9E8D57, high1, low1);
-      c[0] = high1 ^ c[1] ^ key[0];
-      c[2] = high0 ^ c[3] ^ key[1];
-      c[1] = low1;
-      c[3] = low0;
-      key[0] += 0x9E3779B9;
-      key[1] += 0xBB67AE85;
-    }
-  }
-};
-
 // A sequence of the batch: its rows, and where its queries stand among its keys.
 struct Span {
   int64_t queries, keys, first_query, first_key, shift, left, right;
@@ -353,7 +298,7 @@ struct Attention {
             second = larger(second, load(s + j + width) * factor);
           }
           if (j < whole) highest = larger(highest, load(s + j) * factor);
-          Sum top = max_of(tops[i], largest<Sum>(larger(highest, second)));
+          Sum top = max_of(tops[i], largest_of_lanes(larger(highest, second)));
           Sum base = top == -infinity<Sum> ? 0 : top;  // of a row that has seen nothing but masks
           Sum decay = top == tops[i] ? 1 : exp_at_most_89(broadcast<V>(tops[i] - base))[0];
           V total = {};
@@ -365,7 +310,7 @@ struct Attention {
             store(reinterpret_cast<Element*>(s) + j, p);  // in the scores' place, never ahead of them
           }
           tops[i] = top;
-          totals[i] = totals[i] * decay + sum<Sum>(total);
+          totals[i] = totals[i] * decay + sum_of_lanes(total);
           if (decay != 1)
             for (int64_t d = 0; d < value_columns; d += width) {
               Sum* o = sums + i * value_columns + d;
@@ -519,7 +464,7 @@ struct Attention {
       V total = {};
       for (int64_t d = 0; d < n; d += width)
         total += load(output.data + i * output.stride + d, n - d) * load(grad.data + i * grad.stride + d, n - d);
-      delta[g * span.queries + i] = sum<Sum>(total) - (more ? more[from + i] : 0);
+      delta[g * span.queries + i] = sum_of_lanes(total) - (more ? more[from + i] : 0);
       logsumexp[g * span.queries + i] = given[i] == -infinity<Sum> ? infinity<Sum> : given[i];
     }
   }

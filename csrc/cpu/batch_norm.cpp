@@ -80,9 +80,7 @@ struct Columns {
 // zeros in all lanes but the first n
 template <class V>
 INLINE V keep_first(V v, int64_t n) {
-  V lane;
-  for (int i = 0; i < static_cast<int>(sizeof(V) / sizeof(v[0])); i++) lane[i] = static_cast<Scalar<V>>(i);
-  return lane < static_cast<Scalar<V>>(n) ? v : V{};
+  return iota<Scalar<V>>() < static_cast<Scalar<V>>(n) ? v : V{};
 }
 template <class V>
 INLINE double sum(V v) {

@@ -17,20 +17,6 @@ static void for_each_plane(int64_t planes, int64_t work, int threads, F f) {
   });
 }
 
-template <int distance, class V, int... i>
-INLINE V add_neighbours(V v, std::integer_sequence<int, i...> lanes_) {
-  V sum = v + __builtin_shufflevector(v, v, (i ^ distance)...);
-  if constexpr (distance > 1)
-    return add_neighbours<distance / 2>(sum, lanes_);
-  else
-    return sum;
-}
-template <class V>
-INLINE Scalar<V> sum_of_lanes(V v) {
-  constexpr int n = lanes<Scalar<V>>;
-  return add_neighbours<n / 2>(v, std::make_integer_sequence<int, n>())[0];
-}
-
 // ---- 1x1 ----
 
 template <class T, int kind>

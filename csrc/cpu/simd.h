@@ -204,6 +204,36 @@ INLINE void transpose(V (&rows)[n]) {
   if constexpr (2 * distance < n) transpose<2 * distance>(rows);
 }
 
+// ---- over the lanes of one vector ----
+template <int distance, class V, int... i>
+INLINE V swapped(V v, std::integer_sequence<int, i...>) {
+  return __builtin_shufflevector(v, v, (i ^ distance)...);
+}
+// f over all lanes, in pairs
+template <int distance, class V, class F>
+INLINE Scalar<V> fold(V v, F f) {
+  if constexpr (distance == 0) {
+    return v[0];
+  } else {
+    constexpr int n = sizeof(V) / sizeof(v[0]);
+    return fold<distance / 2>(f(v, swapped<distance>(v, std::make_integer_sequence<int, n>())), f);
+  }
+}
+template <class V>
+INLINE Scalar<V> sum_of_lanes(V v) {
+  return fold<lanes<Scalar<V>> / 2>(v, [](auto a, auto b) __attribute__((always_inline)) { return a + b; });
+}
+template <class V>
+INLINE Scalar<V> largest_of_lanes(V v) {
+  return fold<lanes<Scalar<V>> / 2>(v, [](auto a, auto b) __attribute__((always_inline)) { return larger(a, b); });
+}
+template <class S>
+INLINE Vector<S> iota() {
+  Vector<S> lane;
+  for (int i = 0; i < lanes<S>; i++) lane[i] = static_cast<S>(i);
+  return lane;
+}
+
 // Calls f with Type<T> of a dtype's code, once checked by the caller.
 template <class F>
 INLINE void with_dtype(int dtype, F f) {

@@ -13,6 +13,7 @@ from torch import Tensor
 from fastdl.dispatch import AUTO_ORDER, is_plain, state
 from fastdl.functional._call import autocast, call_reference, select, select_reference
 from fastdl.ops import attention as ops
+from fastdl.ops._philox import new_seed
 
 
 def scaled_dot_product_attention(
@@ -180,8 +181,7 @@ def _attention(
 
 
 def _seed(query: Tensor, dropout: float) -> Tensor | None:
-    """A seed from torch's generator of the device, so that torch.manual_seed rules dropout; it stays on the device."""
-    return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=query.device) if dropout > 0 else None
+    return new_seed(query) if dropout > 0 else None
 
 
 def _scale(query: Tensor, scale: float | None) -> float:

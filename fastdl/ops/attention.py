@@ -8,9 +8,8 @@ the output 0 and the logsumexp -infinity.
 Tensors are (B, H, L, D); H heads of queries share Hk heads of keys, H / Hk neighbours each. With offsets B is 1 and a
 batch of sequences is packed: sequence b has the rows from offsets[b] up to offsets[b + 1].
 
-Dropout drops a probability if a random word is below its threshold: word i % 4 of Philox4x32-10 (Salmon et al., 2011)
-with the seed as its key and (j, i // 4, b * H + h, 0) as its counter. So every backend drops the same ones, and the
-backward makes them anew.
+Dropout takes, for a probability, word i % 4 of the random words (fastdl/ops/_philox.py) of the counter
+(j, i // 4, b * H + h, 0).
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from torch import Tensor
 
 from fastdl import accuracy
 from fastdl.dispatch import Op, Support
-from fastdl.ops import _native
+from fastdl.ops import _native, _philox
 
 MAX_HEAD_DIM = 256
 
@@ -60,24 +59,6 @@ def _spans(query: Tensor, key: Tensor, query_offsets: Tensor | None, key_offsets
         yield _Span(b, slice(q[b], q[b + 1]), slice(k[b], k[b + 1]))
 
 
-def _philox(counters: Sequence[Tensor], seed: Tensor) -> list[Tensor]:
-    """The four random words, below 2^32 in int64, of counters that are, too."""
-    c, low = list(counters), 0xFFFFFFFF
-    keys = [seed & low, (seed >> 32) & low]
-    for _ in range(10):
-        (high0, low0), (high1, low1) = [_multiply(c[i], m) for i, m in ((0, 0xD2511F53), (2, 0xCD9E8D57))]
-        c = [high1 ^ c[1] ^ keys[0], low1, high0 ^ c[3] ^ keys[1], low0]
-        keys = [(k + step) & low for k, step in zip(keys, (0x9E3779B9, 0xBB67AE85), strict=True)]
-    return c
-
-
-def _multiply(x: Tensor, factor: int) -> tuple[Tensor, Tensor]:
-    """The high and the low 32 bits of products of 32 bits, in int64 whose products would overflow."""
-    low, high = (x & 0xFFFF) * factor, (x >> 16) * factor
-    middle = high + (low >> 16)
-    return middle >> 16, ((middle << 16) | (low & 0xFFFF)) & 0xFFFFFFFF
-
-
 def dropout_factors(seed: Tensor, p: float, first: int, shape: tuple[int, int, int, int], dtype: torch.dtype) -> Tensor:
     """(B, H, L, S) of 0 and 1 / (1 - p), for the batch entries from ``first``."""
     batch, heads, queries, keys = shape
@@ -86,10 +67,9 @@ def dropout_factors(seed: Tensor, p: float, first: int, shape: tuple[int, int, i
     j = torch.arange(keys, device=device)
     head = torch.arange(first * heads, (first + batch) * heads, device=device).view(batch, heads, 1, 1)
     zero = torch.zeros_like(j)
-    words = torch.stack(torch.broadcast_tensors(*_philox((j, i // 4, head, zero), seed)))
+    words = torch.stack(torch.broadcast_tensors(*_philox.words((j, i // 4, head, zero), seed)))
     random = words.gather(0, (i % 4).expand(1, batch, heads, queries, keys))[0]
-    kept = 1 / (1 - p) if p < 1 else 0.0
-    return (random >= min(int(p * 2**32), 2**32 - 1)).to(dtype) * kept
+    return _philox.factors(random, p, dtype)
 
 
 def _probabilities(
