@@ -648,12 +648,18 @@ def write_records(folder: Path, device: str = "cuda") -> int:
 
 
 def merge_records(new: Sequence[dict[str, Any]], target: Path) -> int:
-    """Takes records into a file of them, each for the one of its op, backend, dtype and code path; returns how many."""
+    """Takes records into a file of them, each for the one of its op, backend, dtype and code path; returns how many.
+
+    An op that passed, and that the run only called on the way to others, keeps the record of its speed.
+    """
 
     def keyed(records: Sequence[dict[str, Any]]) -> dict[tuple[str, ...], dict[str, Any]]:
         return {(r["op"], r["backend"], r["dtype"], r["code_path"]): r for r in records}
 
-    merged = keyed(json.loads(target.read_text())["records"]) | keyed(new)
+    merged = keyed(json.loads(target.read_text())["records"])
+    for key, record in keyed(new).items():
+        if record.get("speed") or not record["passed"] or not merged.get(key, {}).get("passed"):
+            merged[key] = record
     lines = ",\n".join(json.dumps(merged[key]) for key in sorted(merged))
     target.write_text(f'{{"records": [\n{lines}\n]}}\n')
     return len(merged)
