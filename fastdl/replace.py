@@ -94,12 +94,13 @@ def restore_layers(model: Model) -> Model:
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer in an :class:`Explanation`: its name, its class, what runs in it, and why."""
+    """One layer in an :class:`Explanation`: its name, its class, what runs in it, and why; a row for each of its ops."""
 
     name: str
     layer: str
     backend: str
     reason: str
+    op: str = ""
 
 
 class Explanation(list[Layer]):
@@ -109,9 +110,9 @@ class Explanation(list[Layer]):
         from rich.console import Console
         from rich.table import Table
 
-        table = Table("layer", "class", "backend", "reason")
+        table = Table("layer", "class", "op", "backend", "reason")
         for row in self:
-            table.add_row(row.name, row.layer, row.backend, row.reason)
+            table.add_row(row.name, row.layer, row.op, row.backend, row.reason)
         console = Console(width=140)
         with console.capture() as capture:
             console.print(table)
@@ -139,7 +140,7 @@ def explain(model: Module, *example: Any, **keywords: Any) -> Explanation:
         made = [call for call in calls or () if call.layer == name]
         if kind in ours and made:
             for call in dict.fromkeys(made):
-                rows.append(Layer(name, label, call.backend, call.reason))
+                rows.append(Layer(name, label, call.backend, call.reason, call.op))
         elif kind in ours:
             reason = "give an example input to see the backend" if calls is None else "not reached by the example"
             rows.append(Layer(name, label, "fastdl", reason))
