@@ -4,9 +4,12 @@ from fastdl.functional.activation import elu, gelu, leaky_relu, relu, sigmoid, s
 from fastdl.functional.attention import scaled_dot_product_attention, varlen_attention
 from fastdl.functional.batch_norm import batch_norm
 from fastdl.functional.conv import conv1d, conv2d
+from fastdl.functional.cross_entropy import cross_entropy, linear_cross_entropy
+from fastdl.functional.embedding import embedding
 from fastdl.functional.linear import linear
 from fastdl.functional.pooling import adaptive_avg_pool2d, avg_pool2d, fractional_max_pool2d, max_pool2d
 from fastdl.functional.rnn import gru, gru_cell, lstm, lstm_cell, rnn_relu, rnn_relu_cell, rnn_tanh, rnn_tanh_cell
+from fastdl.functional.softmax import log_softmax, softmax
 
 __all__ = [
     "adaptive_avg_pool2d",
@@ -14,13 +17,17 @@ __all__ = [
     "batch_norm",
     "conv1d",
     "conv2d",
+    "cross_entropy",
     "elu",
+    "embedding",
     "fractional_max_pool2d",
     "gelu",
     "gru",
     "gru_cell",
     "leaky_relu",
     "linear",
+    "linear_cross_entropy",
+    "log_softmax",
     "lstm",
     "lstm_cell",
     "max_pool2d",
@@ -32,6 +39,7 @@ __all__ = [
     "scaled_dot_product_attention",
     "sigmoid",
     "silu",
+    "softmax",
     "tanh",
     "varlen_attention",
 ]

@@ -3,9 +3,12 @@
 from fastdl.nn.activation import ELU, GELU, LeakyReLU, ReLU, Sigmoid, SiLU, Tanh
 from fastdl.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, BNReLU2d, SyncBatchNorm
 from fastdl.nn.conv import Conv1d, Conv2d, ConvReLU2d
+from fastdl.nn.cross_entropy import CrossEntropyLoss, LinearCrossEntropyLoss
+from fastdl.nn.embedding import Embedding
 from fastdl.nn.linear import Linear, LinearReLU
 from fastdl.nn.pooling import AdaptiveAvgPool2d, AvgPool2d, FractionalMaxPool2d, MaxPool2d
 from fastdl.nn.rnn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from fastdl.nn.softmax import LogSoftmax, Softmax
 
 __all__ = [
     "ELU",
@@ -19,6 +22,8 @@ __all__ = [
     "Conv1d",
     "Conv2d",
     "ConvReLU2d",
+    "CrossEntropyLoss",
+    "Embedding",
     "FractionalMaxPool2d",
     "GRU",
     "GRUCell",
@@ -26,13 +31,16 @@ __all__ = [
     "LSTMCell",
     "LeakyReLU",
     "Linear",
+    "LinearCrossEntropyLoss",
     "LinearReLU",
+    "LogSoftmax",
     "MaxPool2d",
     "RNN",
     "RNNCell",
     "ReLU",
     "SiLU",
     "Sigmoid",
+    "Softmax",
     "SyncBatchNorm",
     "Tanh",
 ]
