@@ -112,9 +112,12 @@ void bind_cpu(py::module_& module) {
   bind_attention(module);
   bind_conv(module);
   bind_batch_norm(module);
+  bind_cross_entropy(module);
+  bind_embedding(module);
   bind_linear(module);
   bind_pooling(module);
   bind_rnn(module);
+  bind_softmax(module);
 }
 
 }  // namespace fastdl

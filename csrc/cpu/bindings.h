@@ -19,9 +19,12 @@ const Kernels& kernels();  // of the instruction set in use
 void bind_attention(py::module_& module);
 void bind_conv(py::module_& module);
 void bind_batch_norm(py::module_& module);
+void bind_cross_entropy(py::module_& module);
+void bind_embedding(py::module_& module);
 void bind_linear(py::module_& module);
 void bind_pooling(py::module_& module);
 void bind_rnn(py::module_& module);
+void bind_softmax(py::module_& module);
 
 [[noreturn]] inline void refuse(const char* function, const char* argument, int64_t value, const char* expected) {
   throw std::invalid_argument(std::string(function) + ": " + argument + " is " + std::to_string(value) + ", expected " +

@@ -5,18 +5,24 @@
 #include "kernels/attention.h"
 #include "kernels/batch_norm.h"
 #include "kernels/conv.h"
+#include "kernels/cross_entropy.h"
+#include "kernels/embedding.h"
 #include "kernels/linear.h"
 #include "kernels/pooling.h"
 #include "kernels/rnn.h"
+#include "kernels/softmax.h"
 
 #define FASTDL_CPU_KERNELS(KERNEL) \
   FASTDL_CPU_ACTIVATION(KERNEL)    \
   FASTDL_CPU_ATTENTION(KERNEL)     \
   FASTDL_CPU_BATCH_NORM(KERNEL)    \
   FASTDL_CPU_CONV(KERNEL)          \
+  FASTDL_CPU_CROSS_ENTROPY(KERNEL) \
+  FASTDL_CPU_EMBEDDING(KERNEL)     \
   FASTDL_CPU_LINEAR(KERNEL)        \
   FASTDL_CPU_POOLING(KERNEL)       \
-  FASTDL_CPU_RNN(KERNEL)
+  FASTDL_CPU_RNN(KERNEL)           \
+  FASTDL_CPU_SOFTMAX(KERNEL)
 
 namespace fastdl {
 

@@ -369,6 +369,9 @@ def _native_functions(backend: str) -> tuple[Any, Any]:
     return forward, backward
 
 
+_implement("cpu", *_native_functions("cpu"))
+
+
 # ---------------------------------------------------------------------------------------------------------- autograd
 
 
@@ -628,6 +631,9 @@ def _implement_linear(backend: str) -> None:
         return _linear_backward(backend, *arguments)
 
 
+_implement_linear("cpu")
+
+
 class LinearCrossEntropyFunction(torch.autograd.Function):
     """Autograd of the linear layer's cross entropy.
 
@@ -676,7 +682,6 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         input, weight, bias, target, class_weight, divisor, *made = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:4])
         inputs, options = (input, weight, bias, target), (reduction, ignore_index, label_smoothing)
-        results: list[Tensor | None]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # double backward
             needed = [t for t, need in zip(inputs, needs, strict=True) if need]
             loss = linear_reference(*inputs, class_weight, *options).to(grad_loss.dtype)

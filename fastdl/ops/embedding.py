@@ -107,6 +107,41 @@ def _implement(backend: str, forward: Any, backward: Any) -> None:
         return grad
 
 
+def _cpu_forward(weight: Tensor, indices: Tensor, output: Tensor) -> None:
+    _native.kernels("cpu").embedding(
+        weight.data_ptr(),
+        indices.data_ptr(),
+        output.data_ptr(),
+        indices.numel(),
+        weight.shape[0],
+        weight.shape[1] * weight.element_size(),
+        _native.context(weight),
+    )
+
+
+def _cpu_backward(grad: Tensor, indices: Tensor, rows: int, padding_idx: int, scale_grad_by_freq: bool) -> Tensor:
+    count, columns = indices.numel(), grad.shape[-1]
+    grad_weight = _native.empty((rows, columns), grad)
+    workspace = torch.empty(rows + 1 + count, dtype=torch.int64)
+    _native.kernels("cpu").embedding_backward(
+        _native.DTYPE_CODES[grad.dtype],
+        grad.data_ptr(),
+        indices.data_ptr(),
+        grad_weight.data_ptr(),
+        workspace.data_ptr(),
+        count,
+        rows,
+        columns,
+        padding_idx,
+        scale_grad_by_freq,
+        _native.context(grad),
+    )
+    return grad_weight
+
+
+_implement("cpu", _cpu_forward, _cpu_backward)
+
+
 # ---------------------------------------------------------------------------------------------------------- autograd
 
 

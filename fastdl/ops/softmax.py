@@ -125,6 +125,9 @@ def _native_functions(backend: str) -> tuple[Any, Any]:
     return forward, backward
 
 
+_implement("cpu", *_native_functions("cpu"))
+
+
 # ---------------------------------------------------------------------------------------------------------- autograd
 
 
