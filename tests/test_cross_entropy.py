@@ -338,7 +338,7 @@ def test_autocast(backend):
 
 
 def test_class_weights_with_a_gradient_are_torchs_business():
-    x, target = torch.randn(3, 4), torch.tensor([0, 1, 2])
+    x, target = torch.randn(3, 4), torch.randn(3, 4).softmax(1)
     weight = torch.rand(4, requires_grad=True)
     options = {"weight": weight, "label_smoothing": 0.1}
     actual = torch.autograd.grad(functional.cross_entropy(x, target, **options), weight)
@@ -503,9 +503,9 @@ def test_linear_small_means_do_not_underflow(backend):
     target = torch.randint(0, 13, (512,), device=device_of(backend))
     with fastdl.use_backend(backend):
         loss = functional.linear_cross_entropy(**inputs, target=target)
-        (gradient,) = torch.autograd.grad(loss * 65536.0, inputs["input"])
+        (gradient,) = torch.autograd.grad(loss * 32768.0, inputs["input"])
     exact = {n: t.detach().double().requires_grad_() for n, t in inputs.items()}
-    (expected,) = torch.autograd.grad(eager(**exact, target=target) * 65536, exact["input"])
+    (expected,) = torch.autograd.grad(eager(**exact, target=target) * 32768, exact["input"])
     torch.testing.assert_close(gradient.double(), expected, rtol=0.02, atol=0.02 * float(expected.abs().max()))
 
 

@@ -56,10 +56,13 @@ def cross_entropy(
             *original, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
         )
 
-    one = isinstance(input, Tensor) and input.dim() == 1
-    if one and isinstance(target, Tensor):
-        input, target = input[None], target[None]
-    if isinstance(target, Tensor) and target.dtype == torch.uint8:
+    for argument, tensor in (("input", input), ("target", target)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"cross_entropy: {argument} must be a tensor; got {type(tensor).__name__}")
+    one = input.dim() == 1
+    if one:
+        input, target = input[None], target[None] if target.dim() == 0 or target.is_floating_point() else target
+    if target.dtype == torch.uint8:
         target = target.long()
     arguments: tuple[Any, ...] = input, target, weight, reduction != "none", *options
     compiling = torch.compiler.is_compiling()
@@ -70,7 +73,7 @@ def cross_entropy(
     selection = select(ops.CROSS_ENTROPY, requested, training, compiling, *arguments)
     if selection is not None and selection.backend == "torch":
         return torchs()
-    if _weight_has_gradient("cross_entropy", requested, weight, target, label_smoothing):
+    if _has_gradient("cross_entropy", requested, weight):
         return torchs()
     dtype = _result_dtype(input)
     if training:
@@ -80,7 +83,7 @@ def cross_entropy(
     else:
         loss, denominator, _ = ops.CROSS_ENTROPY(requested, *arguments, selection=selection)
         loss = ops.finished(loss, denominator if reduction == "mean" else None, dtype)
-    return loss[0] if one and reduction == "none" else loss
+    return loss.reshape(original[1].shape[: original[1].dim() - target.is_floating_point()]) if one and loss.dim() else loss
 
 
 def linear_cross_entropy(
@@ -147,7 +150,7 @@ def linear_cross_entropy(
     selection = select(ops.LINEAR_CROSS_ENTROPY, requested, training, compiling, *arguments)
     if selection is not None and selection.backend == "torch":
         return torchs()
-    if _weight_has_gradient(name, requested, class_weight, rows, label_smoothing):
+    if _has_gradient(name, requested, class_weight):
         return torchs()
     if training:
         loss: Tensor = ops.LinearCrossEntropyFunction.apply(*tensors, reduction, *options, dtype, requested, selection)
@@ -170,13 +173,9 @@ def _result_dtype(input: Tensor) -> torch.dtype:
     return input.dtype
 
 
-def _weight_has_gradient(
-    name: str, requested: str, weight: Tensor | None, target: Tensor, label_smoothing: float
-) -> bool:
-    """Whether torch would make the class weights' gradient, which no kernel does."""
+def _has_gradient(name: str, requested: str, weight: Tensor | None) -> bool:
+    """Whether the weights of the classes ask for a gradient, which is torch's business."""
     if weight is None or not (weight.requires_grad and torch.is_grad_enabled()):
-        return False
-    if not target.is_floating_point() and label_smoothing == 0:
         return False
     if requested != "auto":
         raise UnsupportedError(

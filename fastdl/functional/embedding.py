@@ -42,7 +42,10 @@ def embedding(
         fastdl.UnsupportedError: a backend named by ``use_backend`` that can't do this call.
     """
     requested, compiling = state.requested, torch.compiler.is_compiling()
-    training = torch.is_grad_enabled() and isinstance(weight, Tensor) and weight.requires_grad
+    for argument, tensor in (("input", input), ("weight", weight)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"embedding: {argument} must be a tensor; got {type(tensor).__name__}")
+    training = torch.is_grad_enabled() and weight.requires_grad
     if is_plain(compiling, input, weight):
         if padding_idx is not None and weight.dim() > 0 and not -len(weight) <= padding_idx < len(weight):
             raise AssertionError(

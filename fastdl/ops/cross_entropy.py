@@ -128,7 +128,7 @@ def reference_backward(
 # ------------------------------------------------------------------------------------------------------- checks, ops
 
 
-def _check_tensors(name: str, named: dict[str, Any], dtypes: bool = True) -> None:
+def check_tensors(name: str, named: dict[str, Any]) -> None:
     """All of them tensors, of the first one's device and, unless integers, of its floating-point dtype."""
     (first_name, first), *_ = named.items()
     for argument, tensor in named.items():
@@ -172,7 +172,7 @@ def _check_loss(name: str, logits: tuple[int, ...], target: Tensor, weight: Tens
 def _check(
     input: Tensor, target: Tensor, weight: Tensor | None, reduce: bool, ignore_index: int, label_smoothing: float
 ) -> None:
-    _check_tensors(NAME, {"input": input, "target": target, "weight": weight})
+    check_tensors(NAME, {"input": input, "target": target, "weight": weight})
     if input.dim() < 2:
         raise RuntimeError(f"{NAME}: input has shape {tuple(input.shape)}, allowed: (C,) or (N, C, *)")
     _check_loss(NAME, tuple(input.shape), target, weight, label_smoothing)
@@ -457,7 +457,7 @@ def _check_linear(
     needs: Sequence[bool],
 ) -> None:
     named = {"input": input, "weight": weight, "bias": bias, "target": target, "class_weight": class_weight}
-    _check_tensors(LINEAR_NAME, named)
+    check_tensors(LINEAR_NAME, named)
     if weight.dim() != 2:
         raise RuntimeError(f"{LINEAR_NAME}: weight has shape {tuple(weight.shape)}, allowed: (classes, in_features)")
     if input.dim() != 2 or input.shape[1] != weight.shape[1]:
@@ -562,10 +562,9 @@ def _linear_forward(backend: str, *arguments: Any) -> tuple[Tensor, ...]:
     *arguments, needs = arguments  # type: ignore[assignment]
     loss, denominator, gradients = _chunked(backend, *arguments, None, needs)
     dtype = compute_dtype(arguments[0])
-    empty = arguments[0].new_empty(0)
     # What is summed over chunks is rounded by the backward, after the loss's own gradient has scaled it.
     summed = [g if g is None else g.to(dtype) for g in gradients[1:3]]
-    return loss, denominator, *(empty if g is None else g for g in (gradients[0], *summed, gradients[3]))
+    return loss, denominator, *(arguments[0].new_empty(0) if g is None else g for g in (gradients[0], *summed, gradients[3]))
 
 
 def _linear_backward(backend: str, *arguments: Any) -> list[Tensor]:
@@ -694,6 +693,6 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         else:
             factor = grad_loss.to(compute_dtype(input))
             factor = factor if divisor is None else factor / divisor
-            gradients = [(g * factor).to(t.dtype) for g, t, need in zip(made, inputs, needs, strict=True) if need]
+            gradients = [(g.to(factor.dtype) * factor).to(t.dtype) for g, t, need in zip(made, inputs, needs, strict=True) if need]
         rest = iter(gradients)
         return *(next(rest) if need else None for need in needs), *(None,) * 7
