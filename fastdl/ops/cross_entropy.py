@@ -320,7 +320,7 @@ def _native_functions(backend: str) -> tuple[Any, Any]:
         *options: Any,
     ) -> None:
         kernels = _native.kernels(backend)
-        reduce = loss.dim() == 0 and denominator.numel() > 0
+        reduce = denominator.numel() > 0
         rows = torch.empty(view[0] * view[2] * 2, dtype=loss.dtype, device=loss.device) if reduce else None
         kernels.cross_entropy(
             _native.DTYPE_CODES[input.dtype],
@@ -370,6 +370,29 @@ def _native_functions(backend: str) -> tuple[Any, Any]:
 
 
 _implement("cpu", *_native_functions("cpu"))
+
+
+def _triton_forward(
+    view: tuple[int, int, int],
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    loss: Tensor,
+    denominator: Tensor,
+    *rest: Any,
+) -> None:
+    from fastdl.kernels import cross_entropy as kernels
+
+    kernels.cross_entropy(view, input, target, weight, loss, denominator if denominator.numel() else None, *rest)
+
+
+def _triton_backward(*arguments: Any) -> None:
+    from fastdl.kernels import cross_entropy as kernels
+
+    kernels.cross_entropy_backward(*arguments)
+
+
+_implement("triton", _triton_forward, _triton_backward)
 
 
 # ---------------------------------------------------------------------------------------------------------- autograd
@@ -631,6 +654,7 @@ def _implement_linear(backend: str) -> None:
 
 
 _implement_linear("cpu")
+_implement_linear("triton")
 
 
 class LinearCrossEntropyFunction(torch.autograd.Function):

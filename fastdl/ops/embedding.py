@@ -142,6 +142,37 @@ def _cpu_backward(grad: Tensor, indices: Tensor, rows: int, padding_idx: int, sc
 _implement("cpu", _cpu_forward, _cpu_backward)
 
 
+def _sorted_backward(kernel: Any) -> Any:
+    """A GPU's backward: kernel(grad, sorted indices, their places, scales, gradient, padding_idx)."""
+
+    def backward(grad: Tensor, indices: Tensor, rows: int, padding_idx: int, scale_grad_by_freq: bool) -> Tensor:
+        index, order = torch.sort(indices, stable=True)
+        scale = None
+        if scale_grad_by_freq:
+            ends = [torch.searchsorted(index, index, right=right) for right in (False, True)]
+            scale = (ends[1] - ends[0]).to(compute_dtype(grad)).reciprocal()
+        grad_weight = grad.new_zeros((rows, grad.shape[-1]))
+        kernel(grad, index, order, scale, grad_weight, padding_idx)
+        return grad_weight
+
+    return backward
+
+
+def _triton_forward(weight: Tensor, indices: Tensor, output: Tensor) -> None:
+    from fastdl.kernels import embedding as kernels
+
+    kernels.embedding(weight, indices, output)
+
+
+def _triton_runs(*arguments: Any) -> None:
+    from fastdl.kernels import embedding as kernels
+
+    kernels.embedding_backward(*arguments)
+
+
+_implement("triton", _triton_forward, _sorted_backward(_triton_runs))
+
+
 # ---------------------------------------------------------------------------------------------------------- autograd
 
 

@@ -128,6 +128,18 @@ def _native_functions(backend: str) -> tuple[Any, Any]:
 _implement("cpu", *_native_functions("cpu"))
 
 
+def _triton(name: str) -> Any:
+    def launch(*arguments: Any) -> None:
+        from fastdl.kernels import softmax as kernels
+
+        getattr(kernels, name)(*arguments)
+
+    return launch
+
+
+_implement("triton", _triton("softmax"), _triton("softmax_backward"))
+
+
 # ---------------------------------------------------------------------------------------------------------- autograd
 
 
