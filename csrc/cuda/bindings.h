@@ -17,8 +17,11 @@ inline cudaStream_t stream(Address context) { return reinterpret_cast<cudaStream
 
 void bind_cuda_batch_norm(py::module_& module);
 void bind_cuda_conv(py::module_& module);
+void bind_cuda_cross_entropy(py::module_& module);
+void bind_cuda_embedding(py::module_& module);
 void bind_cuda_linear(py::module_& module);
 void bind_cuda_pooling(py::module_& module);
 void bind_cuda_rnn(py::module_& module);
+void bind_cuda_softmax(py::module_& module);
 
 }  // namespace fastdl

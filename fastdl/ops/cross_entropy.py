@@ -370,6 +370,7 @@ def _native_functions(backend: str) -> tuple[Any, Any]:
 
 
 _implement("cpu", *_native_functions("cpu"))
+_implement("cuda", *_native_functions("cuda"))
 
 
 def _triton_forward(
@@ -653,8 +654,8 @@ def _implement_linear(backend: str) -> None:
         return _linear_backward(backend, *arguments)
 
 
-_implement_linear("cpu")
-_implement_linear("triton")
+for _backend in ("cpu", "cuda", "triton"):
+    _implement_linear(_backend)
 
 
 class LinearCrossEntropyFunction(torch.autograd.Function):

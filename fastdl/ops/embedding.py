@@ -170,6 +170,39 @@ def _triton_runs(*arguments: Any) -> None:
     kernels.embedding_backward(*arguments)
 
 
+def _cuda_forward(weight: Tensor, indices: Tensor, output: Tensor) -> None:
+    _native.kernels("cuda").embedding(
+        _native.DTYPE_CODES[weight.dtype],
+        weight.data_ptr(),
+        indices.data_ptr(),
+        output.data_ptr(),
+        indices.numel(),
+        *weight.shape,
+        _native.context(weight),
+    )
+
+
+def _cuda_runs(
+    grad: Tensor, index: Tensor, order: Tensor, scale: Tensor | None, grad_weight: Tensor, padding_idx: int
+) -> None:
+    kernels, code = _native.kernels("cuda"), _native.DTYPE_CODES[grad.dtype]
+    workspace = _native.workspace(kernels.embedding_workspace(code, index.numel(), grad.shape[-1]), grad)
+    kernels.embedding_backward(
+        code,
+        grad.data_ptr(),
+        index.data_ptr(),
+        order.data_ptr(),
+        _native.address(scale),
+        grad_weight.data_ptr(),
+        index.numel(),
+        *grad_weight.shape,
+        padding_idx,
+        _native.address(workspace),
+        _native.context(grad),
+    )
+
+
+_implement("cuda", _cuda_forward, _sorted_backward(_cuda_runs))
 _implement("triton", _triton_forward, _sorted_backward(_triton_runs))
 
 

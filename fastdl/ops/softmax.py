@@ -126,6 +126,7 @@ def _native_functions(backend: str) -> tuple[Any, Any]:
 
 
 _implement("cpu", *_native_functions("cpu"))
+_implement("cuda", *_native_functions("cuda"))
 
 
 def _triton(name: str) -> Any:
