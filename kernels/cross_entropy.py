@@ -237,9 +237,7 @@ def compile_targets(device, every=True):
                 kinds |= {"smoothed": (index, weight, 0.1), "probabilities": (logits, None, 0.0)}
             for kind, (target, weights, smoothing) in kinds.items():
                 label = f"{name} {str(dtype).removeprefix('torch.')} {kind}"
-                forward = forward_launches(
-                    view, logits, target, weights, one, one, statistics, -100, smoothing, device
-                )
+                forward = forward_launches(view, logits, target, weights, one, one, statistics, -100, smoothing, device)
                 for position, launch in enumerate(forward):
                     launches[f"forward {label} {position}"] = launch
                 grad_target = logits if kind == "probabilities" else None

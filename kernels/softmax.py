@@ -152,7 +152,7 @@ class Rows:
 def choose_rows(outer, size, inner, element_size, looped=True):
     """The rows of (outer, size, inner), and their tiles; not ``looped``: a program takes one tile of them."""
     along = inner == 1
-    lanes, step = (outer, triton.next_power_of_2(size)) if along else (inner, triton.next_power_of_2(size))
+    lanes, step = outer if along else inner, triton.next_power_of_2(size)
     most_lanes = triton.next_power_of_2(lanes)
     line = 1 if along else min(LINE_BYTES // element_size, most_lanes)
     whole = looped and step * line <= WHOLE_TILE[element_size]
@@ -208,7 +208,7 @@ TARGET_VIEWS = {"rows": (8192, 1024, 1), "long rows": (1024, 50304, 1), "columns
 
 
 def compile_targets(device, every=True):
-    """By name, the launches to compile for a device, to look at their machine code: short and long rows, and columns."""
+    """By name, the launches to compile for a device, to look at their machine code: short rows, long ones, columns."""
     launches = {}
     for dtype in (torch.bfloat16, torch.float32, torch.float64) if every else (torch.bfloat16,):
         for name, view in TARGET_VIEWS.items():

@@ -89,12 +89,12 @@ def test_probabilities(backend, reduction, option, dtype):
         input, target = make(shape, dtype, probabilities=True)
         weight = weights(shape, dtype) if weighted else None
 
-        def call(function, weight=weight):
-            return lambda input, target: function(
-                input, target, None if weight is None else weight.to(input), reduction=reduction, **options
+        both = [
+            lambda input, target, f=f, w=weight: f(
+                input, target, None if w is None else w.to(input), reduction=reduction, **options
             )
-
-        both = [call(f) for f in (functional.cross_entropy, F.cross_entropy)]
+            for f in (functional.cross_entropy, F.cross_entropy)
+        ]
         for needs in (["input", "target"], ["input"], ["target"]):
             compare(backend, *both, {"input": input, "target": target}, needs=needs, multiple=4)
 
@@ -370,10 +370,22 @@ BAD = {
     "probabilities": (dict(input=X, target=X[:, :3]), RuntimeError, r"target.*\(3, 3\).*probabilities of shape \(3, 4"),
     "dtype": (dict(input=X, target=T.int()), RuntimeError, "target has dtype torch.int32, allowed: torch.int64"),
     "integers": (dict(input=X.long(), target=T), NotImplementedError, "input has dtype torch.int64.*floating"),
-    "weight": (dict(input=X, target=T, weight=torch.ones(3)), RuntimeError, r"weight has shape \(3,\), allowed: \(4,\)"),
-    "weight's dtype": (dict(input=X, target=T, weight=torch.ones(4).double()), RuntimeError, "weight.*float64.*float32"),
+    "weight": (
+        dict(input=X, target=T, weight=torch.ones(3)),
+        RuntimeError,
+        r"weight has shape \(3,\), allowed: \(4,\)",
+    ),
+    "weight's dtype": (
+        dict(input=X, target=T, weight=torch.ones(4).double()),
+        RuntimeError,
+        "weight.*float64.*float32",
+    ),
     "device": (dict(input=X, target=T.to("meta")), RuntimeError, "target is on meta, allowed: cpu"),
-    "smoothing": (dict(input=X, target=T, label_smoothing=1.5), RuntimeError, "label_smoothing is 1.5, allowed: 0 to 1"),
+    "smoothing": (
+        dict(input=X, target=T, label_smoothing=1.5),
+        RuntimeError,
+        "label_smoothing is 1.5, allowed: 0 to 1",
+    ),
     "reduction": (dict(input=X, target=T, reduction="all"), ValueError, "reduction is 'all', allowed: mean, sum, none"),
     "ignored": (dict(input=X, target=X, ignore_index=1), RuntimeError, "ignore_index is 1, allowed with probabilities"),
 }

@@ -22,8 +22,7 @@ NATIVE = backends(*KERNELS)
 
 def pair(indices, **options):
     return [
-        lambda weight, f=f: f(indices.to(weight.device), weight, **options)
-        for f in (functional.embedding, F.embedding)
+        lambda weight, f=f: f(indices.to(weight.device), weight, **options) for f in (functional.embedding, F.embedding)
     ]
 
 
@@ -215,13 +214,13 @@ def test_opcheck(backend):
     torch.library.opcheck(torch.ops.fastdl.embedding_backward.default, (grad, indices, 5, 1, True, backend))
 
 
-W, I = torch.zeros(5, 3), torch.zeros(4, dtype=torch.int64)
+W, INDEX = torch.zeros(5, 3), torch.zeros(4, dtype=torch.int64)
 BAD = {
     "not a tensor": (dict(input=[1], weight=W), TypeError, "input must be a tensor; got list"),
-    "weight": (dict(input=I, weight=W[0]), RuntimeError, r"weight has shape \(3,\), allowed: \(rows, columns\)"),
-    "dtype": (dict(input=I.float(), weight=W), RuntimeError, "input has dtype torch.float32, allowed: torch.int64"),
-    "device": (dict(input=I.to("meta"), weight=W), RuntimeError, "input is on meta, allowed: cpu"),
-    "padding": (dict(input=I, weight=W, padding_idx=5), AssertionError, "padding_idx is 5, allowed: -5 to 4"),
+    "weight": (dict(input=INDEX, weight=W[0]), RuntimeError, r"weight has shape \(3,\), allowed: \(rows, columns\)"),
+    "dtype": (dict(input=INDEX.float(), weight=W), RuntimeError, "input has dtype torch.float32, allowed: torch.int64"),
+    "device": (dict(input=INDEX.to("meta"), weight=W), RuntimeError, "input is on meta, allowed: cpu"),
+    "padding": (dict(input=INDEX, weight=W, padding_idx=5), AssertionError, "padding_idx is 5, allowed: -5 to 4"),
 }
 
 

@@ -155,7 +155,9 @@ def test_large_logits(backend, log):
 @pytest.mark.parametrize("backend", NATIVE)
 def test_repeats(backend):
     for dim in (0, 1):
-        assert_repeats(backend, lambda input, dim=dim: functional.softmax(input, dim).square(), {"input": torch.randn(70, 90)})
+        assert_repeats(
+            backend, lambda input, dim=dim: functional.softmax(input, dim).square(), {"input": torch.randn(70, 90)}
+        )
 
 
 @pytest.mark.parametrize("backend", backends("torch", *[name for name in KERNELS if name != "triton"]))

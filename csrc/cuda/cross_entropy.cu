@@ -50,7 +50,7 @@ struct Target {
     const bool known = index >= 0 && index < loss.view.size;
     place = known ? index : 0;
     ignored = index == loss.ignore_index;
-    weight = known ? loss.weight_of(index) : std::numeric_limits<C>::quiet_NaN();
+    weight = known ? loss.weight_of(index) : C(NAN);
   }
 };
 

@@ -4,7 +4,7 @@
 // sums kChunk of them. Runs inside a chunk are finished there; the parts of those that go on are kept, and summed by
 // the block of the chunk where a run begins. So long runs are spread over many blocks, and the order is fixed.
 #include <algorithm>
-#include <limits>
+#include <cmath>
 
 #include "common.cuh"
 #include "embedding.h"
@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(32 * kWarps)
         value = load<width>(table + row * columns + c);
       } else {
 #pragma unroll
-        for (int k = 0; k < width; ++k) value.element[k] = T(std::numeric_limits<float>::quiet_NaN());
+        for (int k = 0; k < width; ++k) value.element[k] = T(NAN);
       }
       *reinterpret_cast<Vector<T, width>*>(output + i * columns + c) = value;
     }
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kThreads) runs_kernel(Runs<T> runs, const T* g
   using C = Compute<T>;
   const int64_t column = (int64_t(blockIdx.y) * kThreads + threadIdx.x) * width;
   if (column >= runs.columns) return;
-  const int64_t chunk = blockIdx.x, first = chunk * kChunk, end = std::min(first + kChunk, runs.count);
+  const int64_t chunk = blockIdx.x, first = chunk * kChunk, end = min(first + kChunk, runs.count);
   C* partial = runs.partial + chunk * 2 * runs.columns + column;
   bool from_before = first > 0 && runs.index[first - 1] == runs.index[first];
   C sums[width] = {};
@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(kThreads) join_kernel(Runs<T> runs) {
   using C = Compute<T>;
   const int64_t column = (int64_t(blockIdx.y) * kThreads + threadIdx.x) * width;
   if (column >= runs.columns) return;
-  const int64_t chunk = blockIdx.x, first = chunk * kChunk, end = std::min(first + kChunk, runs.count);
+  const int64_t chunk = blockIdx.x, first = chunk * kChunk, end = min(first + kChunk, runs.count);
   const int64_t row = runs.index[end - 1];
   if (end == runs.count || runs.index[end] != row) return;
   if (first > 0 && runs.index[first] == row && runs.index[first - 1] == row) return;  // it began before

@@ -3,7 +3,6 @@
 #pragma once
 #include <algorithm>
 #include <cmath>
-#include <limits>
 
 #include "common.cuh"
 
@@ -103,7 +102,7 @@ template <int width, Layout layout, class T>
 __device__ __forceinline__ Exponentials<Compute<T>> exponentials_of(const RowPart<layout, width>& part,
                                                                     const T* values) {
   using C = Compute<T>;
-  constexpr C lowest = -std::numeric_limits<C>::infinity();
+  constexpr C lowest = -C(INFINITY);
   C largest = lowest, sum = 0;
   auto origin = [](C value) { return value == lowest ? C(0) : value; };
   for_each_vector<width>(part, values, [&](int64_t, int64_t, const Vector<T, width>& x) {

@@ -11,6 +11,7 @@ from torch import Tensor
 from fastdl.dispatch import AUTO_ORDER, UnsupportedError, is_plain, state
 from fastdl.functional._call import autocast, select, select_reference
 from fastdl.ops import cross_entropy as ops
+from fastdl.ops.attention import compute_dtype
 
 _REDUCTIONS = ("mean", "sum", "none")
 
@@ -83,7 +84,11 @@ def cross_entropy(
     else:
         loss, denominator, _ = ops.CROSS_ENTROPY(requested, *arguments, selection=selection)
         loss = ops.finished(loss, denominator if reduction == "mean" else None, dtype)
-    return loss.reshape(original[1].shape[: original[1].dim() - target.is_floating_point()]) if one and loss.dim() else loss
+    return (
+        loss.reshape(original[1].shape[: original[1].dim() - target.is_floating_point()])
+        if one and loss.dim()
+        else loss
+    )
 
 
 def linear_cross_entropy(
@@ -169,7 +174,7 @@ def _result_dtype(input: Tensor) -> torch.dtype:
     """Of the loss: torch's autocast gives float32."""
     kind = input.device.type
     if kind in AUTO_ORDER and torch.is_autocast_enabled(kind):
-        return ops.compute_dtype(input)
+        return compute_dtype(input)
     return input.dtype
 
 

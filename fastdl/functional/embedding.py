@@ -56,7 +56,8 @@ def embedding(
             raise UnsupportedError(f"fastdl.embedding: sparse is True, allowed on backend {requested!r}: False")
         if (selection is None or selection.backend != "torch") and not (sparse and training):
             if max_norm is not None:
-                F._no_grad_embedding_renorm_(weight, input.contiguous(), max_norm, norm_type)
+                with torch.no_grad():
+                    torch.embedding_renorm_(weight, input.contiguous(), max_norm, norm_type)
             if not training:
                 return ops.EMBEDDING(requested, weight, input, selection=selection)  # type: ignore[no-any-return]
             padding = -1 if padding_idx is None else padding_idx % max(len(weight), 1)

@@ -45,7 +45,7 @@ def _softmax(name: str, input: Tensor, dim: int | None, stacklevel: int, dtype: 
     if not isinstance(input, Tensor):
         raise TypeError(f"{name}: input must be a tensor; got {type(input).__name__}")
     if dim is None:
-        dim = F._get_softmax_dim(name, input.dim(), stacklevel + 1)
+        dim = F._get_softmax_dim(name, input.dim(), stacklevel + 1)  # type: ignore[attr-defined]
     dimensions = max(input.dim(), 1)
     if not -dimensions <= dim < dimensions:
         raise IndexError(f"{name}: dim is {dim}, allowed: {-dimensions} to {dimensions - 1}")

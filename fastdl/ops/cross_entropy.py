@@ -583,18 +583,18 @@ def _chunked(
 
 
 def _linear_forward(backend: str, *arguments: Any) -> tuple[Tensor, ...]:
-    *arguments, needs = arguments  # type: ignore[assignment]
-    loss, denominator, gradients = _chunked(backend, *arguments, None, needs)
-    dtype = compute_dtype(arguments[0])
+    input, weight, bias, target, class_weight, reduce, ignore_index, label_smoothing, needs = arguments
+    options = reduce, ignore_index, label_smoothing
+    loss, denominator, gradients = _chunked(backend, input, weight, bias, target, class_weight, *options, None, needs)
     # What is summed over chunks is rounded by the backward, after the loss's own gradient has scaled it.
-    summed = [g if g is None else g.to(dtype) for g in gradients[1:3]]
-    return loss, denominator, *(arguments[0].new_empty(0) if g is None else g for g in (gradients[0], *summed, gradients[3]))
+    gradients[1:3] = [g if g is None else g.to(loss.dtype) for g in gradients[1:3]]
+    return loss, denominator, *(input.new_empty(0) if g is None else g for g in gradients)
 
 
 def _linear_backward(backend: str, *arguments: Any) -> list[Tensor]:
-    input, grad_loss, weight, bias, target, class_weight, *options, needs = arguments
-    inputs = input, weight, bias, target
-    _, _, gradients = _chunked(backend, *inputs, class_weight, False, *options, grad_loss, needs)
+    input, grad_loss, weight, bias, target, class_weight, ignore_index, label_smoothing, needs = arguments
+    inputs, options = (input, weight, bias, target), (False, ignore_index, label_smoothing)
+    _, _, gradients = _chunked(backend, *inputs, class_weight, *options, grad_loss, needs)
     return [g.to(t.dtype) for g, t in zip(gradients, inputs, strict=True) if g is not None]
 
 
@@ -709,7 +709,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # double backward
             needed = [t for t, need in zip(inputs, needs, strict=True) if need]
             loss = linear_reference(*inputs, class_weight, *options).to(grad_loss.dtype)
-            gradients = torch.autograd.grad(loss, needed, grad_loss, create_graph=True)
+            gradients = list(torch.autograd.grad(loss, needed, grad_loss, create_graph=True))
         elif reduction == "none":
             grad_loss = grad_loss.to(compute_dtype(input))
             gradients = LINEAR_CROSS_ENTROPY_BACKWARD(
@@ -718,6 +718,10 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         else:
             factor = grad_loss.to(compute_dtype(input))
             factor = factor if divisor is None else factor / divisor
-            gradients = [(g.to(factor.dtype) * factor).to(t.dtype) for g, t, need in zip(made, inputs, needs, strict=True) if need]
+            gradients = [
+                (g.to(factor.dtype) * factor).to(t.dtype)
+                for g, t, need in zip(made, inputs, needs, strict=True)
+                if need
+            ]
         rest = iter(gradients)
         return *(next(rest) if need else None for need in needs), *(None,) * 7
