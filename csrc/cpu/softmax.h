@@ -10,8 +10,9 @@ namespace fastdl::ISA {
 
 // elements worth a thread of their own; of a task
 constexpr int64_t softmax_thread_elements = 8192, softmax_task_elements = 4096;
-// rows side by side that a strip holds: their maxima and sums stay in the first-level cache
-constexpr int64_t strip_rows = 128;
+// The most rows side by side that a strip holds, whose maxima and sums stay in the first-level cache; fewer where rows
+// are long, so that what is read again is in the second-level cache.
+constexpr int64_t strip_rows = 512, least_strip_rows = 64, strip_elements = 65536;
 
 INLINE int64_t softmax_threads(int64_t elements, int threads) {
   return max(1, min(threads, elements / softmax_thread_elements));
@@ -28,11 +29,12 @@ INLINE void for_each_rows(int64_t rows, int64_t size, int threads, F f) {
 // f(outer, first inner, rows of the strip) for strips of rows
 template <class F>
 INLINE void for_each_strip(int64_t outer, int64_t size, int64_t inner, int threads, F f) {
-  int64_t strips = ceil_div(inner, strip_rows);
+  int64_t step = max(least_strip_rows, min(strip_rows, strip_elements / size / least_strip_rows * least_strip_rows));
+  int64_t strips = ceil_div(inner, step);
   parallel(softmax_threads(outer * size * inner, threads), [&](int thread, int team) {
     for_share(outer * strips, thread, team, [&](int64_t task) {
-      int64_t first = task % strips * strip_rows;
-      f(task / strips, first, min(strip_rows, inner - first));
+      int64_t first = task % strips * step;
+      f(task / strips, first, min(step, inner - first));
     });
   });
 }

@@ -55,7 +55,7 @@ struct Target {
 };
 
 template <Layout layout, int width, class T>
-__global__ void __launch_bounds__(kRowThreads)
+__global__ void __launch_bounds__(kRowThreads, kRowBlocks<T>)
     cross_entropy_kernel(Loss<T> loss_of, Compute<T>* loss,  // [rows]
                          Compute<T>* divisors,               // [rows] or null: parts of the mean's denominator
                          Compute<T>* statistics) {           // [3, rows]
@@ -98,7 +98,8 @@ __global__ void __launch_bounds__(kRowThreads)
 
 // loss, denominator = the sums of sums[2, rows], by one block and in float64: few numbers, and always in one order.
 template <class C>
-__global__ void __launch_bounds__(kRowThreads) reduce_kernel(const C* sums, C* loss, C* denominator, int64_t rows) {
+__global__ void __launch_bounds__(kRowThreads, kRowBlocks<C>)
+    reduce_kernel(const C* sums, C* loss, C* denominator, int64_t rows) {
   double total = 0, divisor = 0;
   for (int64_t row = threadIdx.y * 32 + threadIdx.x; row < rows; row += kRowThreads) {
     total += sums[row];
@@ -113,7 +114,7 @@ __global__ void __launch_bounds__(kRowThreads) reduce_kernel(const C* sums, C* l
 }
 
 template <Layout layout, int width, class T>
-__global__ void __launch_bounds__(kRowThreads)
+__global__ void __launch_bounds__(kRowThreads, kRowBlocks<T>)
     cross_entropy_backward_kernel(Loss<T> loss_of, const Compute<T>* grad_loss,  // [rows] if by_row, else [1]
                                   bool by_row, const Compute<T>* denominator,    // [1] or null
                                   const Compute<T>* statistics,                  // [3, rows]

@@ -7,7 +7,7 @@ namespace fastdl::cuda {
 namespace {
 
 template <Layout layout, int width, bool log, class T>
-__global__ void __launch_bounds__(kRowThreads) softmax_kernel(RowsView view, const T* input, T* output) {
+__global__ void __launch_bounds__(kRowThreads, kRowBlocks<T>) softmax_kernel(RowsView view, const T* input, T* output) {
   using C = Compute<T>;
   for (int64_t item = blockIdx.x; item < row_items<layout>(view); item += gridDim.x) {
     const RowPart<layout, width> part(view, item);
@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(kRowThreads) softmax_kernel(RowsView view, con
 }
 
 template <Layout layout, int width, bool log, class T>
-__global__ void __launch_bounds__(kRowThreads)
+__global__ void __launch_bounds__(kRowThreads, kRowBlocks<T>)
     softmax_backward_kernel(RowsView view, const T* grad_output, const T* output, T* grad_input) {
   using C = Compute<T>;
   for (int64_t item = blockIdx.x; item < row_items<layout>(view); item += gridDim.x) {
