@@ -18,7 +18,6 @@ struct Loss {
   const S* weight;         // or null
   int64_t outer, classes, inner, rows, ignore_index;
   S own, spread;  // parts of the target's own class and, for each class, of label smoothing
-  S all_weights;
 
   explicit Loss(const CrossEntropyRows& r)
       : logits(static_cast<const T*>(r.logits)),
@@ -31,14 +30,7 @@ struct Loss {
         rows(r.outer * r.inner),
         ignore_index(r.ignore_index),
         own(static_cast<S>(1 - r.label_smoothing)),
-        spread(static_cast<S>(r.label_smoothing / static_cast<double>(r.classes))) {
-    double sum = static_cast<double>(classes);
-    if (weight) {
-      sum = 0;
-      for (int64_t c = 0; c < classes; c++) sum += weight[c];
-    }
-    all_weights = static_cast<S>(sum);
-  }
+        spread(static_cast<S>(r.label_smoothing / static_cast<double>(r.classes))) {}
   int64_t first_bad_row() const {
     if (index)
       for (int64_t row = 0; row < rows; row++)
@@ -108,7 +100,7 @@ static int64_t forward_of(const CrossEntropyArguments& arguments) {
       for (int64_t row = first; row < end; row++) {
         const T* x = loss.logits + row * classes;
         S top = largest_of_row(x, classes), dense = 0, mass = 0;
-        S logsum = logarithm(sum_of_exponentials(x, classes, top, [](auto...) {}));
+        S logsum = logarithm_of(sum_of_exponentials(x, classes, top, [](auto...) {}));
         if (loss.is_dense()) {
           V terms[4] = {}, shares[4] = {};
           for_each_four<S>(classes, [&](int64_t c, auto u, auto n) __attribute__((always_inline)) {
@@ -135,9 +127,9 @@ static int64_t forward_of(const CrossEntropyArguments& arguments) {
             store(dense + i, load(dense + i) + q * (load(largest + i) - load(loss.logits + at, n)));
             store(mass + i, load(mass + i) + q);
           });
+      for (int64_t i = 0; i < count; i += lanes<S>) store(exponentials + i, logarithm(load(exponentials + i)));
       for (int64_t i = 0; i < count; i++)
-        results.finish(loss, o * inner + first + i, start + i, largest[i], logarithm(exponentials[i]), dense[i],
-                       mass[i]);
+        results.finish(loss, o * inner + first + i, start + i, largest[i], exponentials[i], dense[i], mass[i]);
     });
   }
   if (sums) {
@@ -169,19 +161,21 @@ static int64_t backward_of(const CrossEntropyBackwardArguments& arguments) {
     S factor = grad_loss[arguments.grad_by_row ? row : 0];
     return denominator ? factor / *denominator : factor;
   };
-  // n gradients at an offset, of rows whose numbers are vectors or the same for all lanes; q: shares without own class
-  auto put = [&](int64_t at, auto n, V x, V top, V logsum, V factor, V mass, V q, V w) __attribute__((always_inline)) {
-    V logit = (x - top) - logsum;
+  // of rows whose numbers are vectors, or the same for all lanes; q: shares without own class
+  struct Pair {
+    V logits, target;
+  };
+  auto gradients_of = [&](V x, V top, V logsum, V factor, V mass, V q, V w) __attribute__((always_inline)) {
+    V logit = (x - top) - logsum, gradient{};
     if (grad_logits) {
-      V gradient = factor * mass * exp_at_most_89(logit);
+      gradient = factor * mass * exp_at_most_89(logit);
       if (loss.is_dense()) gradient -= factor * q;
-      store(grad_logits + at, gradient, n);
     }
-    if (grad_target) store(grad_target + at, logit * factor * w * -loss.own, n);
+    return Pair{gradient, logit * factor * w * -loss.own};
   };
   // the gradient of an index's own class, once more
-  auto put_own = [&](int64_t row, int64_t start, S factor) {
-    int64_t c = loss.index[row], at = start + c * inner;
+  auto put_own = [&](int64_t row, S factor) {
+    int64_t c = loss.index[row], at = row * classes + c;
     S w = loss.weight_of(c);
     V logit = (load(loss.logits + at, 1) - largest[row]) - logarithms[row];
     store(grad_logits + at, factor * (masses[row] * exp_at_most_89(logit) - (loss.own + loss.spread) * w), 1);
@@ -200,32 +194,42 @@ static int64_t backward_of(const CrossEntropyBackwardArguments& arguments) {
         for_each_vector<S>(classes, [&](int64_t c, auto n) __attribute__((always_inline)) {
           V q = loss.is_dense() ? loss.share(start + c, c, n) : V{};
           V w = grad_target && loss.weight ? load(loss.weight + c, n) : broadcast<V>(S(1));
-          put(start + c, n, load(loss.logits + start + c, n), top, logsum, factors, mass, q, w);
+          auto [gradient, of_target] = gradients_of(load(loss.logits + start + c, n), top, logsum, factors, mass, q, w);
+          if (grad_logits) store(grad_logits + start + c, gradient, n);
+          if (grad_target) store(grad_target + start + c, of_target, n);
         });
-        if (grad_logits && loss.index) put_own(row, start, factor);
+        if (grad_logits && loss.index) put_own(row, factor);
       }
     });
     return -1;
   }
+  using I = std::conditional_t<sizeof(S) == 8, int64_t, int32_t>;  // as wide as S: masks of its lanes
   for_each_strip(loss.outer, classes, inner, arguments.threads, [&](int64_t o, int64_t first, int64_t count) {
-    S factors[strip_rows] = {};
+    S factors[strip_rows] = {}, own[strip_rows] = {};
+    I place[strip_rows] = {};  // of a row's own class, or -1 for an ignored row
     int64_t start = o * classes * inner + first, row = o * inner + first;
-    for (int64_t i = 0; i < count; i++) factors[i] = factor_of(row + i);
+    for (int64_t i = 0; i < count; i++) {
+      factors[i] = factor_of(row + i);
+      if (!loss.index) continue;
+      place[i] = loss.ignores(row + i) ? -1 : static_cast<I>(loss.index[row + i]);
+      if (place[i] >= 0) own[i] = factors[i] * loss.own * loss.weight_of(place[i]);
+    }
     for (int64_t c = 0; c < classes; c++)
       for_each_vector<S>(count, [&](int64_t i, auto n) __attribute__((always_inline)) {
         int64_t at = start + c * inner + i;
-        V q = loss.is_dense() ? loss.share_across(at, c, n) : V{};
-        put(at, n, load(loss.logits + at, n), load(largest + row + i, n), load(logarithms + row + i, n),
-            load(factors + i), load(masses + row + i, n), q, broadcast<V>(loss.weight_of(c)));
+        V q = loss.is_dense() ? loss.share_across(at, c, n) : V{}, w = broadcast<V>(loss.weight_of(c));
+        auto [gradient, of_target] =
+            gradients_of(load(loss.logits + at, n), load(largest + row + i, n), load(logarithms + row + i, n),
+                         load(factors + i), load(masses + row + i, n), q, w);
+        if (loss.index) {
+          Vector<I> places;
+          __builtin_memcpy(&places, place + i, sizeof places);
+          gradient = places == static_cast<I>(c) ? gradient - load(own + i) : gradient;
+          gradient = places < 0 ? V{} : gradient;
+        }
+        if (grad_logits) store(grad_logits + at, gradient, n);
+        if (grad_target) store(grad_target + at, of_target, n);
       });
-    if (!grad_logits || !loss.index) return;
-    for (int64_t i = 0; i < count; i++) {
-      if (!loss.ignores(row + i)) {
-        put_own(row + i, start + i, factors[i]);
-        continue;
-      }
-      for (int64_t c = 0; c < classes; c++) store(grad_logits + start + i + c * inner, V{}, 1);
-    }
   });
   return -1;
 }

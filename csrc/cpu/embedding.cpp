@@ -23,6 +23,10 @@ int64_t embedding(const EmbeddingArguments& a) {
   int64_t threads = max(1, min(a.threads, a.count * a.row_bytes / embedding_thread_bytes));
   parallel(threads, [&](int thread, int team) {
     for_share(a.count, thread, team, [&](int64_t i) {
+      // The next row may lie anywhere: no hardware fetches it ahead.
+      if (i + 1 < a.count)
+        for (int64_t byte = 0; byte < min(a.row_bytes, 4096); byte += 64)
+          __builtin_prefetch(table + a.indices[i + 1] * a.row_bytes + byte);
       __builtin_memcpy(output + i * a.row_bytes, table + a.indices[i] * a.row_bytes, a.row_bytes);
     });
   });

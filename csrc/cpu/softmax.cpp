@@ -25,7 +25,7 @@ static void forward_of(const SoftmaxArguments& arguments) {
         T* y = output + row * size;
         S top = largest_of_row(x, size);
         if constexpr (log) {
-          S shift = logarithm(sum_of_exponentials(x, size, top, [](auto...) {}));
+          S shift = logarithm_of(sum_of_exponentials(x, size, top, [](auto...) {}));
           for_each_vector<S>(size, [&](int64_t i, auto n) __attribute__((always_inline)) {
             store(y + i, load(x + i, n) - top - shift, n);
           });
@@ -56,7 +56,10 @@ static void forward_of(const SoftmaxArguments& arguments) {
                [&](int64_t k, int64_t i, V e, auto n) __attribute__((always_inline)) {
                  if constexpr (!log && sizeof(T) > 2) store(y + k * inner + i, e, n);
                });
-    for (int64_t i = 0; i < count; i++) factor[i] = log ? logarithm(factor[i]) : 1 / factor[i];
+    for (int64_t i = 0; i < count; i += lanes<S>) {
+      V sums = load(factor + i);
+      store(factor + i, log ? logarithm(sums) : 1 / sums);
+    }
     for (int64_t k = 0; k < size; k++)
       for_each_vector<S>(count, [&](int64_t i, auto n) __attribute__((always_inline)) {
         int64_t at = k * inner + i;

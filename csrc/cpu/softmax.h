@@ -1,8 +1,6 @@
 // Pieces of softmax that the cross entropy shares: a row's largest value and its sum of exponentials, and strips of
 // neighbouring rows where the elements of one are `inner` apart.
 #pragma once
-#include <math.h>
-
 #include "activation.h"
 #include "threads.h"
 
@@ -110,8 +108,29 @@ INLINE void strip_sums(const T* rows, int64_t size, int64_t inner, int64_t count
       store(sums + i, load(sums + i) + e);
     });
 }
-// what is left of a row's sum of exponentials once its largest value is taken out of the logarithm
-INLINE float logarithm(float sum) { return logf(sum); }
-INLINE double logarithm(double sum) { return ::log(sum); }
+// The logarithm of a sum of exponentials, of which one is 1: x >= 1 or NaN. For float 1 ulp: the polynomial of Cephes.
+INLINE Floats logarithm(Floats x) {
+  Ints bits = (Ints)x, exponent = (bits >> 23) - 127;
+  Floats m = (Floats)((bits & 0x7fffff) | 0x3f800000);  // x = m 2^exponent, m in [1, 2)
+  auto large = m > 1.41421356f;
+  Floats f = (large ? m * 0.5f : m) - 1.f, e = __builtin_convertvector(large ? exponent + 1 : exponent, Floats);
+  Floats p = f * 7.0376836292e-2f + -1.1514610310e-1f;
+  p = p * f + 1.1676998740e-1f;
+  p = p * f + -1.2420140846e-1f;
+  p = p * f + 1.4249322787e-1f;
+  p = p * f + -1.6668057665e-1f;
+  p = p * f + 2.0000714765e-1f;
+  p = p * f + -2.4999993993e-1f;
+  p = p * f + 3.3333331174e-1f;
+  Floats square = f * f, y = p * f * square + e * -2.12194440e-4f - square * 0.5f;
+  return x == x ? f + y + e * 0.693359375f : x;
+}
+INLINE Doubles logarithm(Doubles x) {
+  return by_lane(x, [](double v) { return ::log(v); });
+}
+template <class S>
+INLINE S logarithm_of(S sum) {
+  return logarithm(broadcast<Vector<S>>(sum))[0];
+}
 
 }  // namespace fastdl::ISA
