@@ -415,8 +415,7 @@ def test_module():
 def small_chunks(monkeypatch):
     """Several chunks of a few rows, the last one smaller."""
     monkeypatch.setattr(ops, "LEAST_ROWS", 4)
-    monkeypatch.setattr(ops, "CHUNK_ELEMENTS", {})
-    monkeypatch.setattr(ops, "chunk_rows", lambda rows, classes, device: 4)
+    monkeypatch.setattr(ops, "CHUNK_BYTES", {"cpu": 0, "cuda": 0})
 
 
 def eager(input, weight, target, bias=None, *, class_weight=None, **options):
@@ -601,9 +600,10 @@ def test_linear_empty(backend):
 
 
 def test_chunks_cover_the_rows_and_are_few():
-    for rows, classes in itertools.product((1, 127, 4096, 50000), (10, 50257)):
-        step = ops.chunk_rows(rows, classes, "cuda")
-        assert 1 <= step <= rows and step * classes <= max(ops.CHUNK_ELEMENTS["cuda"], ops.LEAST_ROWS * classes)
+    for rows, classes, dtype in itertools.product((1, 127, 4096, 50000), (10, 50257), (torch.bfloat16, torch.float32)):
+        input = torch.empty(rows, 4, dtype=dtype)
+        step, row_bytes = ops.chunk_rows(input, classes), classes * dtype.itemsize
+        assert 1 <= step <= rows and step * row_bytes <= max(ops.CHUNK_BYTES["cpu"], ops.LEAST_ROWS * row_bytes)
 
 
 LX, LW, LT = torch.zeros(3, 2), torch.zeros(5, 2), torch.zeros(3, dtype=torch.int64)

@@ -496,20 +496,27 @@ def _check_linear(
         raise RuntimeError(f"{LINEAR_NAME}: ignore_index is {ignore_index}, allowed with probabilities: less than 0")
 
 
-# Logits of a chunk of rows: enough for the matrix product, few beside the weights of a large vocabulary.
-CHUNK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 26}
+# Of the logits of a chunk of rows: enough for matrix products, and for what is done once a chunk to the gradient of
+# weight; few beside a large vocabulary's logits.
+CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 128 << 20}
 LEAST_ROWS = 128
 
 
-def chunk_rows(rows: int, classes: int, device: str) -> int:
-    """Rows of a chunk: as equal as can be."""
-    most = max(CHUNK_ELEMENTS.get(device, 1 << 23) // max(classes, 1) // LEAST_ROWS * LEAST_ROWS, LEAST_ROWS)
-    chunks = max(math.ceil(rows / most), 1)
-    return max(math.ceil(rows / chunks), 1)
+def chunk_rows(input: Tensor, classes: int) -> int:
+    """Rows of a chunk of input (N, K): as equal as can be."""
+    rows, bytes_ = input.shape[0], CHUNK_BYTES.get(input.device.type, CHUNK_BYTES["cpu"])
+    most = max(bytes_ // max(classes * input.dtype.itemsize, 1) // LEAST_ROWS * LEAST_ROWS, LEAST_ROWS)
+    chunks = max(-(-rows // most), 1)
+    return max(-(-rows // chunks), 1)
+
+
+def _summed_dtype(input: Tensor, classes: int) -> torch.dtype:
+    """Of the gradients of weight and bias before they are scaled: of several chunks, that of computation."""
+    return compute_dtype(input) if chunk_rows(input, classes) < input.shape[0] else input.dtype
 
 
 class _Sum:
-    """A sum of chunks' gradients, in the dtype of computation if there are several."""
+    """A sum of chunks' gradients, as :func:`_summed_dtype` says."""
 
     def __init__(self) -> None:
         self.total: Tensor | None = None
@@ -544,7 +551,7 @@ def _chunked(
     linear, linear_backward = LINEAR.implementations[backend], LINEAR_BACKWARD.implementations[backend]
     entropy, entropy_backward = CROSS_ENTROPY.implementations[backend], CROSS_ENTROPY_BACKWARD.implementations[backend]
     rows, classes = input.shape[0], weight.shape[0]
-    step = chunk_rows(rows, classes, input.device.type)
+    step = chunk_rows(input, classes)
     options = ignore_index, label_smoothing
     losses, denominators = [], []
     grad_input = torch.empty_like(input, memory_format=torch.contiguous_format) if needs[0] else None
@@ -586,8 +593,6 @@ def _linear_forward(backend: str, *arguments: Any) -> tuple[Tensor, ...]:
     input, weight, bias, target, class_weight, reduce, ignore_index, label_smoothing, needs = arguments
     options = reduce, ignore_index, label_smoothing
     loss, denominator, gradients = _chunked(backend, input, weight, bias, target, class_weight, *options, None, needs)
-    # What is summed over chunks is rounded by the backward, after the loss's own gradient has scaled it.
-    gradients[1:3] = [g if g is None else g.to(loss.dtype) for g in gradients[1:3]]
     return loss, denominator, *(input.new_empty(0) if g is None else g for g in gradients)
 
 
@@ -601,10 +606,10 @@ def _linear_backward(backend: str, *arguments: Any) -> list[Tensor]:
 def _fake_linear(
     input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, class_weight: Any, reduce: bool, *rest: Any
 ) -> tuple[Tensor, ...]:
-    dtype, needs = compute_dtype(input), rest[2]
+    dtype, summed, needs = compute_dtype(input), _summed_dtype(input, weight.shape[0]), rest[2]
     loss = input.new_empty(() if reduce else input.shape[:1], dtype=dtype)
     denominator = input.new_empty(() if reduce else 0, dtype=dtype)
-    tensors = (input, input.dtype), (weight, dtype), (bias, dtype), (target, target.dtype)
+    tensors = (input, input.dtype), (weight, summed), (bias, summed), (target, target.dtype)
     shapes = [t.shape if need and t is not None else (0,) for (t, _), need in zip(tensors, needs, strict=True)]
     dtypes = [d if need else input.dtype for (_, d), need in zip(tensors, needs, strict=True)]
     return loss, denominator, *(input.new_empty(s, dtype=d) for s, d in zip(shapes, dtypes, strict=True))
@@ -656,6 +661,13 @@ def _implement_linear(backend: str) -> None:
 
 for _backend in ("cpu", "cuda", "triton"):
     _implement_linear(_backend)
+
+
+def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient * factor, which is () and in the dtype of computation."""
+    if not gradient.is_cuda and not torch.compiler.is_compiling():
+        return (gradient * float(factor)).to(dtype)  # in one pass; there is nobody to wait for
+    return (gradient.to(factor.dtype) * factor).to(dtype)
 
 
 class LinearCrossEntropyFunction(torch.autograd.Function):
@@ -718,10 +730,8 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         else:
             factor = grad_loss.to(compute_dtype(input))
             factor = factor if divisor is None else factor / divisor
-            gradients = [
-                (g.to(factor.dtype) * factor).to(t.dtype)
-                for g, t, need in zip(made, inputs, needs, strict=True)
-                if need
-            ]
+            made = [g for g, need in zip(made, needs, strict=True) if need]
+            needed = [t for t, need in zip(inputs, needs, strict=True) if need]
+            gradients = [_scaled(g, factor, t.dtype) for g, t in zip(made, needed, strict=True)]
         rest = iter(gradients)
         return *(next(rest) if need else None for need in needs), *(None,) * 7
