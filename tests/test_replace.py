@@ -84,6 +84,14 @@ EXAMPLES = {
     torch.nn.AvgPool2d: ((2,), (1, 2, 6, 6)),
     torch.nn.AdaptiveAvgPool2d: ((3,), (1, 2, 6, 6)),
     torch.nn.FractionalMaxPool2d: ((2, 3, None, False, torch.rand(1, 2, 2)), (1, 2, 6, 6)),
+    torch.nn.Softmax: ((1,), (2, 4)),
+    torch.nn.LogSoftmax: ((1,), (2, 4)),
+    torch.nn.Embedding: ((7, 3), (2, 4)),
+}
+# What layers take that take something else than one floating-point tensor.
+INPUTS = {
+    torch.nn.Embedding: (torch.tensor([[1, 0], [6, 1]]),),
+    torch.nn.CrossEntropyLoss: (torch.tensor([[0.5, -1.0, 2.0], [0.0, 1.0, 3.0]]), torch.tensor([2, 0])),
 }
 
 
@@ -91,14 +99,15 @@ EXAMPLES = {
 def test_every_replacement_is_a_subclass_with_the_same_constructor_result(layer):
     arguments, shape = EXAMPLES.get(layer, ((), (2, 4)))
     x = torch.linspace(-3, 3, torch.Size(shape).numel()).view(shape)
-    model = torch.nn.Sequential(layer(*arguments))
-    theirs = model(x)
+    inputs = INPUTS.get(layer, (x,))
+    model = torch.nn.ModuleList([layer(*arguments)])
+    theirs = model[0](*inputs)
     assert fastdl.replace_layers(model) is model
     ours = model[0]
     assert type(ours) is REPLACEMENTS[layer] and isinstance(ours, layer) and type(ours) is not layer
     assert type(ours).forward is not layer.forward
     assert repr(ours) == repr(layer(*arguments))
-    torch.testing.assert_close(model(x), theirs)
+    torch.testing.assert_close(ours(*inputs), theirs)
 
 
 def test_layers_at_every_depth_are_replaced_in_place_and_others_are_not():

@@ -15,7 +15,7 @@ constexpr int kRowWarps = 8, kRowThreads = 32 * kRowWarps;
 constexpr int64_t kWarpRow = 1024;  // longer rows are worth a block
 // Blocks that a multiprocessor holds at once: told so, the compiler takes the registers that they leave.
 template <class T>
-constexpr int kRowBlocks = sizeof(T) == 8 ? 2 : 4;
+constexpr int kRowBlocks = sizeof(T) == 8 ? 2 : 3;
 
 struct RowsView {
   int64_t outer, size, inner;
