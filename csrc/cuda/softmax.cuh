@@ -15,7 +15,7 @@ constexpr int kRowWarps = 8, kRowThreads = 32 * kRowWarps;
 constexpr int64_t kWarpRow = 1024;  // longer rows are worth a block
 // Blocks that a multiprocessor holds at once: told so, the compiler takes the registers that they leave.
 template <class T>
-constexpr int kRowBlocks = sizeof(T) == 8 ? 2 : 3;
+constexpr int kRowBlocks = sizeof(T) == 8 ? 2 : 4;
 
 struct RowsView {
   int64_t outer, size, inner;
@@ -90,6 +90,7 @@ __device__ __forceinline__ C sum_of_row(C value) {
 template <int width, Layout layout, class T, class Function>
 __device__ __forceinline__ void for_each_vector(const RowPart<layout, width>& part, const T* values,
                                                 const Function& function) {
+#pragma unroll 2  // two vectors in flight a thread; more would take registers from the blocks beside it
   for (int64_t i = part.first; i < part.end; i += part.stride) {
     const int64_t at = part.offset(i);
     function(at, i * width, load<width>(values + at));
