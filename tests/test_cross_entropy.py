@@ -418,28 +418,31 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(ops, "CHUNK_BYTES", {"cpu": 0, "cuda": 0})
 
 
-def eager(input, weight, target, bias=None, *, class_weight=None, **options):
+def eager(input, linear_weight, target, *, linear_bias=None, weight=None, **options):
     lead = input.shape[:-1]
-    logits = F.linear(input, weight, bias).reshape(-1, weight.shape[0])
+    logits = F.linear(input, linear_weight, linear_bias).reshape(-1, linear_weight.shape[0])
     target = target.reshape(logits.shape if target.is_floating_point() else -1)
-    loss = F.cross_entropy(logits, target, class_weight, **options)
+    loss = F.cross_entropy(logits, target, weight, **options)
     return loss.reshape(lead) if loss.dim() else loss
 
 
 def make_linear(lead=(10,), features=6, classes=13, dtype=torch.float32, bias=True):
-    inputs = {"input": torch.randn(*lead, features).to(dtype), "weight": torch.randn(classes, features).to(dtype)}
+    inputs = {
+        "input": torch.randn(*lead, features).to(dtype),
+        "linear_weight": torch.randn(classes, features).to(dtype),
+    }
     if bias:
-        inputs["bias"] = torch.randn(classes).to(dtype)
+        inputs["linear_bias"] = torch.randn(classes).to(dtype)
     return inputs
 
 
 def linear_pair(target, class_weight=None, **options):
     def of(function):
-        def call(input, weight, bias=None):
+        def call(input, linear_weight, linear_bias=None):
             own = target.to(input.device)
             own = own.to(input.dtype) if own.is_floating_point() else own
             w = None if class_weight is None else class_weight.to(input)
-            return function(input, weight, own, bias, class_weight=w, **options)
+            return function(input, linear_weight, own, linear_bias=linear_bias, weight=w, **options)
 
         return call
 
@@ -543,7 +546,7 @@ def test_linear_gradcheck_twice(backend, reduction):
     target = torch.tensor([0, 1, 2, 0, -100], device=device_of(backend))
 
     def run(input, weight, bias):
-        return functional.linear_cross_entropy(input, weight, target, bias, reduction=reduction)
+        return functional.linear_cross_entropy(input, weight, target, linear_bias=bias, reduction=reduction)
 
     with fastdl.use_backend(backend):
         assert torch.autograd.gradcheck(run, inputs)
@@ -608,18 +611,34 @@ def test_chunks_cover_the_rows_and_are_few():
 
 LX, LW, LT = torch.zeros(3, 2), torch.zeros(5, 2), torch.zeros(3, dtype=torch.int64)
 BAD_LINEAR = {
-    "not a tensor": (dict(input=[1.0], weight=LW, target=LT), TypeError, "input must be a tensor; got list"),
-    "weight": (dict(input=LX, weight=LW[0], target=LT), RuntimeError, r"weight has shape \(2,\), allowed: \(classes"),
-    "features": (dict(input=LX[:, :1], weight=LW, target=LT), RuntimeError, r"input has shape \(3, 1\).*\(\*, 2\)"),
-    "bias": (dict(input=LX, weight=LW, target=LT, bias=torch.zeros(4)), RuntimeError, r"bias.*\(4,\), allowed: \(5,\)"),
-    "rows": (dict(input=LX, weight=LW, target=LT[:2]), ValueError, r"target has shape \(2,\), allowed: \(3,\)"),
-    "dtypes": (dict(input=LX, weight=LW.double(), target=LT), RuntimeError, "weight has dtype torch.float64"),
+    "not a tensor": (dict(input=[1.0], linear_weight=LW, target=LT), TypeError, "input must be a tensor; got list"),
+    "weight": (
+        dict(input=LX, linear_weight=LW[0], target=LT),
+        RuntimeError,
+        r"linear_weight has shape \(2,\), allowed: \(C",
+    ),
+    "features": (
+        dict(input=LX[:, :1], linear_weight=LW, target=LT),
+        RuntimeError,
+        r"input has shape \(3, 1\).*\(\*, 2\)",
+    ),
+    "bias": (
+        dict(input=LX, linear_weight=LW, target=LT, linear_bias=torch.zeros(4)),
+        RuntimeError,
+        r"bias.*\(4,\), allowed: \(5,\)",
+    ),
+    "rows": (dict(input=LX, linear_weight=LW, target=LT[:2]), ValueError, r"target has shape \(2,\), allowed: \(3,\)"),
+    "dtypes": (
+        dict(input=LX, linear_weight=LW.double(), target=LT),
+        RuntimeError,
+        "linear_weight has dtype torch.float64",
+    ),
     "class weights": (
-        dict(input=LX, weight=LW, target=LT, class_weight=torch.ones(4)),
+        dict(input=LX, linear_weight=LW, target=LT, weight=torch.ones(4)),
         RuntimeError,
         r"weight has shape \(4,\), allowed: \(5,\)",
     ),
-    "reduction": (dict(input=LX, weight=LW, target=LT, reduction="max"), ValueError, "reduction is 'max'"),
+    "reduction": (dict(input=LX, linear_weight=LW, target=LT, reduction="max"), ValueError, "reduction is 'max'"),
 }
 
 

@@ -108,13 +108,13 @@ def _linear_inputs(generator: torch.Generator, sizes: tuple[int, int, int], dtyp
     rows, features, classes = sizes
     return {
         "input": normal(generator, (rows, features), dtype),
-        "weight": normal(generator, (classes, features), dtype, 1 / math.sqrt(features)),
+        "linear_weight": normal(generator, (classes, features), dtype, 1 / math.sqrt(features)),
         "target": torch.randint(0, classes, (rows,), generator=generator, device=generator.device),
     }
 
 
-def _linear_eager(input: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    return F.cross_entropy(F.linear(input, weight), target)
+def _linear_eager(input: Tensor, linear_weight: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(input, linear_weight), target)
 
 
 def _linear_fused() -> dict[str, Callable[..., Any]]:
@@ -123,7 +123,7 @@ def _linear_fused() -> dict[str, Callable[..., Any]]:
         return {}
     options = torch.nn.LinearCrossEntropyOptions(allow_retain_graph=True)
     return {
-        "linear_cross_entropy, chunked": lambda input, weight, target: F.linear_cross_entropy(
-            input, weight, target, options=options
+        "linear_cross_entropy, chunked": lambda input, linear_weight, target: F.linear_cross_entropy(
+            input, linear_weight, target, options=options
         )
     }

@@ -93,25 +93,25 @@ def cross_entropy(
 
 def linear_cross_entropy(
     input: Tensor,
-    weight: Tensor,
+    linear_weight: Tensor,
     target: Tensor,
-    bias: Tensor | None = None,
     *,
-    class_weight: Tensor | None = None,
-    ignore_index: int = -100,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
     reduction: str = "mean",
+    ignore_index: int | None = None,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """cross_entropy(linear(input, weight, bias), target) without all logits in memory.
+    """cross_entropy(linear(input, linear_weight, linear_bias), target) without all logits in memory.
 
-    They are made chunk by chunk of rows. With ``"mean"`` and ``"sum"`` the gradients are made with them (Hsu et al.,
-    2024); with ``"none"`` the backward makes the logits again.
+    The signature is that of torch 2.13's function. Logits are made chunk by chunk of rows. With ``"mean"`` and
+    ``"sum"`` the gradients are made with them (Hsu et al., 2024); with ``"none"`` the backward makes the logits again.
 
     Args:
         input: (*, in_features); float32, float16, bfloat16 or float64.
-        weight: (C, in_features); bias: (C,) or None; of the same dtype and device.
+        linear_weight: (C, in_features); linear_bias: (C,) or None; of the same dtype and device.
         target: class indices, (*), int64, or class probabilities, (*, C).
-        class_weight, ignore_index, reduction, label_smoothing: as for :func:`cross_entropy`.
+        weight, ignore_index, reduction, label_smoothing: as for :func:`cross_entropy`.
 
     Returns:
         (), or with ``"none"`` (*); in input's dtype, float32 under autocast.
@@ -135,8 +135,8 @@ def linear_cross_entropy(
     rows = target.long() if target.dtype == torch.uint8 else target
     rows = rows.reshape(-1, target.shape[-1]) if target.is_floating_point() else rows.reshape(-1)
     flat = input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
-    tensors = flat, weight, bias, rows, class_weight
-    options = ignore_index, label_smoothing
+    tensors = flat, linear_weight, linear_bias, rows, weight
+    options = -100 if ignore_index is None else ignore_index, label_smoothing
 
     def torchs() -> Tensor:
         loss = ops.linear_reference(*tensors, reduction, *options)
@@ -147,15 +147,15 @@ def linear_cross_entropy(
         return torchs()
     dtype = _result_dtype(flat)
     if flat.device.type in AUTO_ORDER and torch.is_autocast_enabled(flat.device.type):
-        cast = autocast(flat, weight, bias, rows, class_weight)
-        dtype, (flat, weight, bias, rows, class_weight) = _result_dtype(cast[0]), cast
-    tensors = flat, weight, bias, rows, class_weight
+        cast = autocast(flat, linear_weight, linear_bias, rows, weight)
+        dtype, (flat, linear_weight, linear_bias, rows, weight) = _result_dtype(cast[0]), cast
+    tensors = flat, linear_weight, linear_bias, rows, weight
     training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors[:4])
     arguments: tuple[Any, ...] = *tensors, reduction != "none", *options, [False] * 4
     selection = select(ops.LINEAR_CROSS_ENTROPY, requested, training, compiling, *arguments)
     if selection is not None and selection.backend == "torch":
         return torchs()
-    if _has_gradient(name, requested, class_weight):
+    if _has_gradient(name, requested, weight):
         return torchs()
     if training:
         loss: Tensor = ops.LinearCrossEntropyFunction.apply(*tensors, reduction, *options, dtype, requested, selection)

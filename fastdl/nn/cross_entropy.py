@@ -29,7 +29,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
 
 
 class LinearCrossEntropyLoss(torch.nn.Module):
-    """The cross entropy of a linear layer's output and classes, without all logits in memory.
+    """The cross entropy of a linear layer's output and classes, without all logits in memory; as torch 2.13's.
 
     Shape: input (*, in_features), target (*) of class indices, or (*, num_classes) of probabilities. Parameters and
     their initialisation are those of a :class:`torch.nn.Linear` by the name ``linear``.
@@ -53,7 +53,7 @@ class LinearCrossEntropyLoss(torch.nn.Module):
         dtype: torch.dtype | None = None,
         reduction: str = "mean",
         weight: Tensor | None = None,
-        ignore_index: int = -100,
+        ignore_index: int | None = None,
         label_smoothing: float = 0.0,
     ) -> None:
         super().__init__()
@@ -68,8 +68,8 @@ class LinearCrossEntropyLoss(torch.nn.Module):
             input,
             self.linear.weight,
             target,
-            self.linear.bias,
-            class_weight=self.weight,
+            linear_bias=self.linear.bias,
+            weight=self.weight,
             ignore_index=self.ignore_index,
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,

@@ -480,17 +480,17 @@ def _check_linear(
     label_smoothing: float,
     needs: Sequence[bool],
 ) -> None:
-    named = {"input": input, "weight": weight, "bias": bias, "target": target, "class_weight": class_weight}
+    named = {"input": input, "linear_weight": weight, "linear_bias": bias, "target": target, "weight": class_weight}
     check_tensors(LINEAR_NAME, named)
     if weight.dim() != 2:
-        raise RuntimeError(f"{LINEAR_NAME}: weight has shape {tuple(weight.shape)}, allowed: (classes, in_features)")
+        raise RuntimeError(f"{LINEAR_NAME}: linear_weight has shape {tuple(weight.shape)}, allowed: (C, in_features)")
     if input.dim() != 2 or input.shape[1] != weight.shape[1]:
         raise RuntimeError(
-            f"{LINEAR_NAME}: input has shape {tuple(input.shape)}, allowed: (*, {weight.shape[1]}), since weight has "
-            f"shape {tuple(weight.shape)}"
+            f"{LINEAR_NAME}: input has shape {tuple(input.shape)}, allowed: (*, {weight.shape[1]}), since "
+            f"linear_weight has shape {tuple(weight.shape)}"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise RuntimeError(f"{LINEAR_NAME}: bias has shape {tuple(bias.shape)}, allowed: ({weight.shape[0]},)")
+        raise RuntimeError(f"{LINEAR_NAME}: linear_bias has shape {tuple(bias.shape)}, allowed: ({weight.shape[0]},)")
     _check_loss(LINEAR_NAME, (input.shape[0], weight.shape[0]), target, class_weight, label_smoothing)
     if not _is_index(target) and ignore_index >= 0:
         raise RuntimeError(f"{LINEAR_NAME}: ignore_index is {ignore_index}, allowed with probabilities: less than 0")
