@@ -5,6 +5,8 @@ from fastdl.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, BNReLU2d
 from fastdl.nn.conv import Conv1d, Conv2d, ConvReLU2d
 from fastdl.nn.cross_entropy import CrossEntropyLoss, LinearCrossEntropyLoss
 from fastdl.nn.embedding import Embedding
+from fastdl.nn.dropout import Dropout
+from fastdl.nn.layer_norm import LayerNorm, RMSNorm
 from fastdl.nn.linear import Linear, LinearReLU
 from fastdl.nn.pooling import AdaptiveAvgPool2d, AvgPool2d, FractionalMaxPool2d, MaxPool2d
 from fastdl.nn.rnn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
@@ -24,17 +26,20 @@ __all__ = [
     "ConvReLU2d",
     "CrossEntropyLoss",
     "Embedding",
+    "Dropout",
     "FractionalMaxPool2d",
     "GRU",
     "GRUCell",
     "LSTM",
     "LSTMCell",
+    "LayerNorm",
     "LeakyReLU",
     "Linear",
     "LinearCrossEntropyLoss",
     "LinearReLU",
     "LogSoftmax",
     "MaxPool2d",
+    "RMSNorm",
     "RNN",
     "RNNCell",
     "ReLU",
