@@ -114,6 +114,8 @@ void bind_cpu(py::module_& module) {
   bind_batch_norm(module);
   bind_cross_entropy(module);
   bind_embedding(module);
+  bind_dropout(module);
+  bind_layer_norm(module);
   bind_linear(module);
   bind_pooling(module);
   bind_rnn(module);

@@ -21,6 +21,8 @@ void bind_conv(py::module_& module);
 void bind_batch_norm(py::module_& module);
 void bind_cross_entropy(py::module_& module);
 void bind_embedding(py::module_& module);
+void bind_dropout(py::module_& module);
+void bind_layer_norm(py::module_& module);
 void bind_linear(py::module_& module);
 void bind_pooling(py::module_& module);
 void bind_rnn(py::module_& module);
@@ -42,6 +44,11 @@ inline void check_size(const char* function, const char* argument, int64_t size)
 }
 inline void check_address(const char* function, const char* argument, uintptr_t address) {
   if (address == 0) refuse(function, argument, 0, "an address");
+}
+inline void check_probability(const char* function, double p) {
+  if (!(p >= 0 && p <= 1))
+    throw std::invalid_argument(std::string(function) + ": the probability is " + std::to_string(p) +
+                                ", expected 0 to 1");
 }
 inline int threads_of(const char* function, int64_t context) {
   if (context < 1 || context > 65536) refuse(function, "context", context, "a number of threads");

@@ -7,6 +7,8 @@
 #include "kernels/conv.h"
 #include "kernels/cross_entropy.h"
 #include "kernels/embedding.h"
+#include "kernels/dropout.h"
+#include "kernels/layer_norm.h"
 #include "kernels/linear.h"
 #include "kernels/pooling.h"
 #include "kernels/rnn.h"
@@ -19,6 +21,8 @@
   FASTDL_CPU_CONV(KERNEL)          \
   FASTDL_CPU_CROSS_ENTROPY(KERNEL) \
   FASTDL_CPU_EMBEDDING(KERNEL)     \
+  FASTDL_CPU_DROPOUT(KERNEL)       \
+  FASTDL_CPU_LAYER_NORM(KERNEL)    \
   FASTDL_CPU_LINEAR(KERNEL)        \
   FASTDL_CPU_POOLING(KERNEL)       \
   FASTDL_CPU_RNN(KERNEL)           \

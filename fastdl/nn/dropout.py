@@ -11,7 +11,7 @@ from fastdl import functional
 class Dropout(torch.nn.Dropout):
     """In training, input with elements set to 0 with probability p, the others divided by 1 - p; any shape.
 
-    :class:`torch.nn.Dropout` on this package's kernels: same constructor and errors, and reproducible from torch's seed.
+    :class:`torch.nn.Dropout` on this package's kernels: same constructor and errors, reproducible from torch's seed.
     """
 
     def forward(self, input: Tensor) -> Tensor:

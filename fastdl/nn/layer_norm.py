@@ -11,8 +11,8 @@ from fastdl import functional
 class LayerNorm(torch.nn.LayerNorm):
     """(h - mean) / sqrt(variance + eps) * weight + bias over the last dimensions; :class:`torch.nn.LayerNorm`.
 
-    Shape: (*, *normalized_shape), the same out. h is input or, where a ``residual`` of its shape is given, their sum, in
-    the same kernel. Same constructor, state_dict and errors.
+    Shape: (*, *normalized_shape), the same out. h is input or, where a ``residual`` of its shape is given, their sum,
+    in the same kernel. Same constructor, state_dict and errors.
     """
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -25,8 +25,8 @@ class LayerNorm(torch.nn.LayerNorm):
 class RMSNorm(torch.nn.RMSNorm):
     """h / sqrt(mean of h^2 + eps) * weight over the last dimensions; :class:`torch.nn.RMSNorm`.
 
-    Shape: (*, *normalized_shape), the same out. h is input or, where a ``residual`` of its shape is given, their sum, in
-    the same kernel. Same constructor, state_dict and errors.
+    Shape: (*, *normalized_shape), the same out. h is input or, where a ``residual`` of its shape is given, their sum,
+    in the same kernel. Same constructor, state_dict and errors.
     """
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:

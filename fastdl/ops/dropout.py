@@ -1,7 +1,7 @@
 """Dropout: the op, its gradient and implementations by backend.
 
-output = input * factor, where factor is 0 with probability p, else 1 / (1 - p) (Srivastava et al., 2014). Element e of a
-dense tensor, counted as memory lies, takes word e % 4 of the random words (fastdl/ops/_philox.py) of the counter (the
+output = input * factor, where factor is 0 with probability p, else 1 / (1 - p) (Srivastava et al., 2014). Element e of
+a dense tensor, counted as memory lies, takes word e % 4 of the random words (fastdl/ops/_philox.py) of the counter (the
 low 32 bits of e // 4, the high ones, 0, 1). The gradient is the same function of the output's gradient.
 """
 
@@ -83,7 +83,7 @@ def _implement_native(backend: str) -> None:
         return output
 
 
-# Backends are added as their kernels come.
+_implement_native("cpu")
 
 
 def with_strides(tensor: Tensor, strides: Sequence[int]) -> Tensor:

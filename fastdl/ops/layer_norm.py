@@ -9,7 +9,7 @@ fastdl/ops/dropout.py on contiguous memory.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -37,6 +37,9 @@ def _rows(tensor: Tensor, normalized_shape: Sequence[int]) -> tuple[int, int]:
 def statistics(h: Tensor, normalized_shape: Sequence[int], eps: float, rms: bool) -> tuple[Tensor, Tensor]:
     """Mean (none of it for rms) and rstd, (rows,), by torch's operators."""
     x = h.to(compute_dtype(h)).reshape(_rows(h, normalized_shape))
+    if x.numel() == 0:
+        zeros = x.new_zeros(len(x))
+        return (zeros[:0] if rms else zeros), zeros.clone()
     if rms:
         return x.new_empty(0), torch.rsqrt(x.square().mean(1) + eps)
     variance, mean = torch.var_mean(x, 1, correction=0)
@@ -72,16 +75,16 @@ def reference(
             total = total * dropping.factors(seed, dropout, input.numel(), dtype).view(input.shape)
         h = (total if residual is None else total + residual).to(input.dtype)
     mean, rstd = statistics(h, normalized_shape, eps, rms)
-    y = _normal(h, mean, rstd, rms)
+    y = _normal(h, mean, rstd, normalized_shape, rms)
     for tensor, operation in ((weight, torch.mul), (bias, torch.add)):
         y = y if tensor is None else operation(y, tensor.to(dtype).flatten())
     output = y.to(input.dtype).view(input.shape)
     return output, input.new_empty(0) if h is input else h.contiguous(), mean, rstd
 
 
-def _normal(h: Tensor, mean: Tensor, rstd: Tensor, rms: bool) -> Tensor:
+def _normal(h: Tensor, mean: Tensor, rstd: Tensor, normalized_shape: Sequence[int], rms: bool) -> Tensor:
     """The normalised rows, (rows, columns), in the dtype of computation."""
-    x = h.to(rstd.dtype).reshape(len(rstd), -1 if h.numel() else 0)
+    x = h.to(rstd.dtype).reshape(_rows(h, normalized_shape))
     return (x if rms else x - mean[:, None]) * rstd[:, None]
 
 
@@ -108,7 +111,7 @@ def reference_backward(
             dtype of computation.
     """
     dtype = rstd.dtype
-    normal = _normal(h, mean, rstd, rms)
+    normal = _normal(h, mean, rstd, normalized_shape, rms)
     grad = grad_output.to(dtype).reshape(normal.shape)
     gradients = []
     if needs[0] or needs[1]:
@@ -210,18 +213,11 @@ def _empty_rows(like: Tensor, rows: int) -> Tensor:
 
 
 def _empty_results(
-    input: Tensor,
-    residual: Tensor | None,
-    seed: Tensor | None,
-    dropout: float,
-    normalized_shape: Sequence[int],
-    rms: bool,
+    input: Tensor, separate: bool, normalized_shape: Sequence[int], rms: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The uninitialised results of the forward."""
+    """The uninitialised results of the forward; separate: whether h is not input itself."""
     rows, _ = _rows(input, normalized_shape)
-    separate = residual is not None or seed is not None
-    shapes = input.shape, input.shape if separate else (0,)
-    output, h = [_native.empty(shape, input) for shape in shapes]
+    output, h = [_native.empty(shape, input) for shape in (input.shape, input.shape if separate else (0,))]
     return output, h, _empty_rows(input, 0 if rms else rows), _empty_rows(input, rows)
 
 
@@ -237,7 +233,7 @@ def _fake(
     rms: bool,
     _: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _empty_results(input, residual, seed, dropout, normalized_shape, rms)
+    return _empty_results(input, residual is not None or seed is not None, normalized_shape, rms)
 
 
 def _empty_gradients(h: Tensor, normalized_shape: Sequence[int], needs: Sequence[bool]) -> list[Tensor | None]:
@@ -274,7 +270,129 @@ LAYER_NORM_BACKWARD = Op(
 # ---------------------------------------------------------------------------------------------------- implementations
 
 
-# Backends are added as their kernels come.
+def _is_wide(input: Tensor, *parameters: Tensor | None) -> bool:
+    """Whether weight and bias are in the dtype of computation, not in input's."""
+    return any(t is not None and t.dtype == compute_dtype(input) for t in parameters)
+
+
+def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else t.contiguous() for t in tensors]
+
+
+def _implement(backend: str, launchers: Callable[[], Any]) -> None:
+    """Adds a backend, given its two kernel launchers, ``layer_norm`` and ``layer_norm_backward``.
+
+    A launcher takes (rows, columns), then contiguous tensors, and outputs to fill; None where there is nothing to read
+    or write.
+
+    Args:
+        launchers: gives the object with the launchers, at the first call.
+    """
+
+    @LAYER_NORM.implement(backend, Support(_native.FLOATING))
+    def forward(
+        input: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        seed: Tensor | None,
+        normalized_shape: Sequence[int],
+        eps: float,
+        dropout: float,
+        rms: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        if input.numel() == 0:
+            return reference(input, residual, weight, bias, seed, normalized_shape, eps, dropout, rms)
+        separate = residual is not None or seed is not None
+        output, h, mean, rstd = _empty_results(input, separate, normalized_shape, rms)
+        given = _contiguous(input, residual, weight, bias)
+        results = output, h if separate else None, None if rms else mean, rstd
+        launchers().layer_norm(_rows(input, normalized_shape), *given, seed, *results, eps, dropout)
+        return output, h, mean, rstd
+
+    @LAYER_NORM_BACKWARD.implement(backend, Support(_native.FLOATING))
+    def backward(
+        grad_output: Tensor,
+        grad_sum: Tensor | None,
+        h: Tensor,
+        weight: Tensor | None,
+        seed: Tensor | None,
+        mean: Tensor,
+        rstd: Tensor,
+        normalized_shape: Sequence[int],
+        dropout: float,
+        rms: bool,
+        needs: Sequence[bool],
+    ) -> list[Tensor]:
+        arguments = grad_output, grad_sum, h, weight, seed, mean, rstd
+        if h.numel() == 0:
+            return reference_backward(*arguments, normalized_shape, dropout, rms, needs)
+        gradients = _empty_gradients(h, normalized_shape, needs)
+        if any(needs):
+            given = _contiguous(grad_output, grad_sum, h, weight)
+            of_rows = seed, None if rms else mean, rstd
+            launchers().layer_norm_backward(_rows(h, normalized_shape), *given, *of_rows, *gradients, dropout)
+        return [gradient for gradient in gradients if gradient is not None]
+
+
+# ------------------------------------------------------------------------------------------------ native: cpu and cuda
+
+
+class _NativeLaunchers:
+    """The launchers of a backend of native kernels: the same calls on addresses."""
+
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
+
+    def layer_norm(
+        self,
+        rows: tuple[int, int],
+        input: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        seed: Tensor | None,
+        *rest: Any,
+    ) -> None:
+        """Forward."""
+        *results, eps, dropout = rest
+        _native.kernels(self.backend).layer_norm(
+            _native.DTYPE_CODES[input.dtype],
+            _is_wide(input, weight, bias),
+            *rows,
+            *map(_native.address, (input, residual, weight, bias, *results)),
+            eps,
+            dropout,
+            dropping.seed_of(self.backend, seed),
+            _native.context(input),
+        )
+
+    def layer_norm_backward(
+        self,
+        rows: tuple[int, int],
+        grad_output: Tensor,
+        grad_sum: Tensor | None,
+        h: Tensor,
+        weight: Tensor | None,
+        seed: Tensor | None,
+        *rest: Any,
+    ) -> None:
+        """Backward."""
+        *tensors, dropout = rest
+        _native.kernels(self.backend).layer_norm_backward(
+            _native.DTYPE_CODES[h.dtype],
+            _is_wide(h, weight),
+            *rows,
+            *map(_native.address, (grad_output, grad_sum, h, weight, *tensors)),
+            dropout,
+            dropping.seed_of(self.backend, seed),
+            _native.context(h),
+        )
+
+
+_CPU = _NativeLaunchers("cpu")
+
+_implement("cpu", lambda: _CPU)
 
 
 # ---------------------------------------------------------------------------------------------------------- autograd
