@@ -136,7 +136,7 @@ def test_rows_far_from_zero(backend, residual):
         x[:, 0] = 0  # which differences may start from
         other = torch.zeros_like(x) if residual else None
         output, h, mean, rstd = ops.LAYER_NORM.implementations[backend](
-            x, other, None, None, None, (columns,), 1e-5, 0.0, False
+            x, other, None, None, None, (columns,), 1e-5, 0.0, False, True
         )
         exact = x.double()
         exact_variance, exact_mean = torch.var_mean(exact, 1, correction=0)
@@ -322,6 +322,19 @@ def test_sum_and_dropout(backend, rms, residual, p, dtype):
             assert actual.dtype == torchs.dtype
 
 
+@pytest.mark.parametrize("columns", [72, 33, 20_001])
+@pytest.mark.parametrize("backend", NATIVE)
+def test_output_does_not_depend_on_whether_the_sum_is_kept(backend, columns):
+    inputs = {name: t.to(device_of(backend)) for name, t in make((5, columns), dtype=torch.bfloat16, residual=True).items()}
+    for p in (0.0, 0.3):
+        outputs = []
+        for return_sum in (True, False):
+            torch.manual_seed(2)
+            with fastdl.use_backend(backend):
+                outputs.append(ours(dropout_p=p, return_sum=return_sum)(**inputs))
+        assert torch.equal(outputs[0][0], outputs[1])
+
+
 @pytest.mark.parametrize("backend", NATIVE)
 def test_dropout_is_that_of_dropout(backend):
     x = torch.randn(30, 50, device=device_of(backend))
@@ -469,8 +482,10 @@ def test_opcheck(backend):
     x, w, b, r = make((4, 6, 40), residual=True).values()
     check, shape, seed = torch.library.opcheck, (40,), torch.tensor(5)
     mean, rstd, none = torch.randn(24), torch.rand(24), torch.empty(0)
-    for arguments in ((None, w, b, None, shape, 1e-5, 0.0, False), (r, w, None, seed, shape, 1e-5, 0.5, True)):
-        check(torch.ops.fastdl.layer_norm.default, (x, *arguments, backend))
+    for keep, arguments in itertools.product(
+        (True, False), ((None, w, b, None, shape, 1e-5, 0.0, False), (r, w, None, seed, shape, 1e-5, 0.5, True))
+    ):
+        check(torch.ops.fastdl.layer_norm.default, (x, *arguments, keep, backend))
     for arguments in (
         (None, x, w, None, mean, rstd, shape, 0.0, False, [True, False, True, True]),
         (r, x, None, seed, none, rstd, shape, 0.5, True, [True, True, True, False]),

@@ -19,7 +19,6 @@ void layer_norm(int dtype, bool wide, int64_t rows, int64_t columns, uintptr_t i
   check_address(name, "output", output);
   check_address(name, "rstd", rstd);
   check_probability(name, dropout);
-  if (residual || dropout > 0) check_address(name, "sum", sum);
   kernels().layer_norm({dtype, wide, rows, columns, pointer(input), pointer(residual), pointer(weight), pointer(bias),
                         pointer<void>(output), pointer<void>(sum), pointer<void>(mean), pointer<void>(rstd), eps,
                         dropout, seed, threads_of(name, context)});
@@ -49,8 +48,8 @@ void bind_layer_norm(py::module_& module) {
              py::arg("input"), py::arg("residual"), py::arg("weight"), py::arg("bias"), py::arg("output"),
              py::arg("sum"), py::arg("mean"), py::arg("rstd"), py::arg("eps"), py::arg("dropout"), py::arg("seed"),
              py::arg("context"), released(),
-             "sum = residual + dropout(input), output = (sum - mean) * rstd * weight + bias by row. sum is 0 where it\n"
-             "is input itself, mean for RMS normalisation; residual, weight and bias may be 0.");
+             "sum = residual + dropout(input), output = (sum - mean) * rstd * weight + bias by row. mean is 0 for RMS\n"
+             "normalisation; residual, weight, bias and sum may be 0.");
   module.def("layer_norm_backward", &layer_norm_backward, py::arg("dtype"), py::arg("wide"), py::arg("rows"),
              py::arg("columns"), py::arg("grad_output"), py::arg("grad_sum"), py::arg("h"), py::arg("weight"),
              py::arg("mean"), py::arg("rstd"), py::arg("grad_input"), py::arg("grad_residual"), py::arg("grad_weight"),

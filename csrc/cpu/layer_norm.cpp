@@ -12,6 +12,10 @@ namespace fastdl::ISA {
 FASTDL_CPU_LAYER_NORM(DECLARE)
 namespace {
 
+struct row_sum;
+struct wide_weight;
+struct wide_bias;
+
 constexpr int64_t thread_elements = 16384;  // worth a thread of their own
 constexpr int64_t chunk_columns = 4096;     // of a row, which stay in the first-level cache
 // Leaves of the sums over rows: of rows enough that adding them up costs little, and of bounded memory.
@@ -44,16 +48,17 @@ INLINE Scalar<V> sum(const V (&v)[4]) {
   return sum_of_lanes((v[0] + v[1]) + (v[2] + v[3]));
 }
 
-// weight or bias
-template <class T>
-struct Parameter {
-  const void* data;  // or null
-  bool wide;
-  INLINE Vector<Compute<T>> operator()(int64_t column, int64_t n) const {
-    return wide ? load(static_cast<const Compute<T>*>(data) + column, n)
-                : load(static_cast<const T*>(data) + column, n);
-  }
-};
+// weight or bias in the dtype of computation: as given, or widened once for all rows of this thread
+template <class T, class Slot>
+const Compute<T>* widened(const void* parameter, bool wide, int64_t columns) {
+  using S = Compute<T>;
+  if (!parameter || wide) return static_cast<const S*>(parameter);
+  S* copy = scratch<S, Slot>(columns);
+  for_each_vector<S>(0, columns, [&](int, int64_t column, int64_t n) __attribute__((always_inline)) {
+    store(copy + column, load(static_cast<const T*>(parameter) + column, n), n);
+  });
+  return copy;
+}
 
 // number of values, their mean and their squared differences from it
 struct Moments {
@@ -76,17 +81,15 @@ void forward_of(const LayerNormArguments& arguments) {
   using S = Compute<T>;
   using V = Vector<S>;
   int64_t rows = arguments.rows, columns = arguments.columns;
-  const Parameter<T> weight{arguments.weight, arguments.wide}, bias{arguments.bias, arguments.wide};
   S *mean = static_cast<S*>(arguments.mean), *rstd = static_cast<S*>(arguments.rstd);
-  const bool rms = !mean, drops = arguments.dropout > 0;
+  const bool rms = !mean, drops = arguments.dropout > 0, adds = drops || arguments.residual;
   const DropoutFactors<S> dropout(arguments.dropout, arguments.seed);
 
-  // h of a chunk of a row; gives its sum
-  auto add = [&](int64_t row, int64_t begin, int64_t end) __attribute__((always_inline)) {
+  // h of a chunk of a row
+  auto add = [&](T* h, int64_t row, int64_t begin, int64_t end) __attribute__((always_inline)) {
     alignas(64) S factors[chunk_columns + 2 * DropoutFactors<S>::block];
     const T* input = static_cast<const T*>(arguments.input) + row * columns;
     const T* residual = arguments.residual ? static_cast<const T*>(arguments.residual) + row * columns : nullptr;
-    T* h = static_cast<T*>(arguments.sum) + row * columns;
     const S* left = drops ? dropout.make(row * columns + begin, end - begin, factors) - begin : nullptr;
     for_each_vector<S>(begin, end, [&](int, int64_t column, int64_t n) __attribute__((always_inline)) {
       V x = load(input + column, n);
@@ -97,13 +100,17 @@ void forward_of(const LayerNormArguments& arguments) {
   };
 
   parallel(useful_threads(rows, columns, arguments.threads), [&](int thread, int team) {
+    const S* weight = widened<T, wide_weight>(arguments.weight, arguments.wide, columns);
+    const S* bias = widened<T, wide_bias>(arguments.bias, arguments.wide, columns);
+    T* own = adds && !arguments.sum ? scratch<T, row_sum>(columns) : nullptr;
     for_share(rows, thread, team, [&](int64_t row) {
-      const T* x = static_cast<const T*>(arguments.sum ? arguments.sum : arguments.input) + row * columns;
+      T* h = own ? own : static_cast<T*>(arguments.sum) + row * columns;
+      const T* x = adds ? h : static_cast<const T*>(arguments.input) + row * columns;
       Moments moments;
       double squares = 0;
       for (int64_t begin = 0; begin < columns; begin += chunk_columns) {
         int64_t end = min(columns, begin + chunk_columns);
-        if (arguments.sum) add(row, begin, end);
+        if (adds) add(h, row, begin, end);
         V sums[4] = {}, chunk_squares[4] = {};
         if (rms) {
           for_each_vector<S>(begin, end, [&](int place, int64_t column, int64_t n) __attribute__((always_inline)) {
@@ -135,8 +142,8 @@ void forward_of(const LayerNormArguments& arguments) {
       T* output = static_cast<T*>(arguments.output) + row * columns;
       for_each_vector<S>(0, columns, [&](int, int64_t column, int64_t n) __attribute__((always_inline)) {
         V y = (load(x + column, n) - centre) * scale;
-        if (weight.data) y *= weight(column, n);
-        if (bias.data) y += bias(column, n);
+        if (weight) y *= load(weight + column, n);
+        if (bias) y += load(bias + column, n);
         store(output + column, y, n);
       });
     });
@@ -147,11 +154,10 @@ void forward_of(const LayerNormArguments& arguments) {
 // for all of them.
 template <class T, int count, bool sums>
 INLINE void backward_rows(const LayerNormBackwardArguments& arguments, const DropoutFactors<Compute<T>>& dropout,
-                          int64_t row, Compute<T>* weight_sums, Compute<T>* bias_sums) {
+                          const Compute<T>* weight, int64_t row, Compute<T>* weight_sums, Compute<T>* bias_sums) {
   using S = Compute<T>;
   using V = Vector<S>;
   int64_t columns = arguments.columns;
-  const Parameter<T> weight{arguments.weight, arguments.wide};
   const T* grad_output = static_cast<const T*>(arguments.grad_output) + row * columns;
   const T* h = static_cast<const T*>(arguments.h) + row * columns;
   S centre[count], scale[count];
@@ -163,7 +169,7 @@ INLINE void backward_rows(const LayerNormBackwardArguments& arguments, const Dro
   for (int64_t begin = 0; begin < columns; begin += chunk_columns) {
     V mean[count] = {}, product[count] = {};
     auto one = [&](int64_t column, int64_t n) __attribute__((always_inline)) {
-      V w = weight.data ? weight(column, n) : broadcast<V>(1), dw = {}, db = {};
+      V w = weight ? load(weight + column, n) : broadcast<V>(1), dw = {}, db = {};
       if (sums) dw = load(weight_sums + column), db = load(bias_sums + column);
 #pragma GCC unroll 4
       for (int i = 0; i < count; i++) {
@@ -193,7 +199,7 @@ INLINE void backward_rows(const LayerNormBackwardArguments& arguments, const Dro
       const S* left = drops ? dropout.make(at + begin, end - begin, factors) - begin : nullptr;
       for_each_vector<S>(begin, end, [&](int, int64_t column, int64_t n) __attribute__((always_inline)) {
         V d = load(grad_output + i * columns + column, n);
-        if (weight.data) d *= weight(column, n);
+        if (weight) d *= load(weight + column, n);
         V normal = (load(h + i * columns + column, n) - centre[i]) * scale[i];
         V grad = scale[i] * (d - mean - normal * product);
         if (arguments.grad_sum) grad += load(static_cast<const T*>(arguments.grad_sum) + at + column, n);
@@ -214,12 +220,14 @@ void backward_of(const LayerNormBackwardArguments& arguments) {
   S* leaf_sums = sums ? scratch<S, column_sums>(2 * leaves * stride) : nullptr;
   const DropoutFactors<S> dropout(arguments.dropout, arguments.seed);
   parallel(useful_threads(rows, columns, arguments.threads), [&](int thread, int team) {
+    const S* weight = widened<T, wide_weight>(arguments.weight, arguments.wide, columns);
     for_share(leaves, thread, team, [&](int64_t leaf) {
       S *weight_sums = leaf_sums + 2 * leaf * stride, *bias_sums = weight_sums + stride;
       for (int64_t i = 0; sums && i < 2 * stride; i += lanes<S>) store(weight_sums + i, Vector<S>{});
       int64_t row = leaf * rows_of_leaf, end = min(rows, row + rows_of_leaf);
-      for (; row + 4 <= end; row += 4) backward_rows<T, 4, sums>(arguments, dropout, row, weight_sums, bias_sums);
-      for (; row < end; row++) backward_rows<T, 1, sums>(arguments, dropout, row, weight_sums, bias_sums);
+      for (; row + 4 <= end; row += 4)
+        backward_rows<T, 4, sums>(arguments, dropout, weight, row, weight_sums, bias_sums);
+      for (; row < end; row++) backward_rows<T, 1, sums>(arguments, dropout, weight, row, weight_sums, bias_sums);
     });
     if (!sums) return;
     barrier(team);

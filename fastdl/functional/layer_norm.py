@@ -88,12 +88,12 @@ def _norm(
     tensors = input, residual, weight, bias
     options = shape, 0.0 if eps is None else eps, dropout_p, rms  # None comes with an input that the check refuses
     if not is_plain(compiling, *tensors):
-        select_reference(ops.LAYER_NORM, requested, *tensors, None, *options)
+        select_reference(ops.LAYER_NORM, requested, *tensors, None, *options, return_sum)
         return _torchs(*tensors, *options, return_sum)
     if input.is_cuda and torch.is_autocast_enabled("cuda"):  # as torch does there
         tensors = [_float32(t) for t in tensors]  # type: ignore[assignment]
     needs_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    selection = select(ops.LAYER_NORM, requested, needs_gradient, compiling, *tensors, None, *options)
+    selection = select(ops.LAYER_NORM, requested, needs_gradient, compiling, *tensors, None, *options, return_sum)
     if selection is not None and selection.backend == "torch":
         return _torchs(*tensors, *options, return_sum)
     seed = new_seed(input) if dropout_p > 0 else None
@@ -101,7 +101,7 @@ def _norm(
         result: Any = ops.LayerNormFunction.apply(*tensors, seed, *options, requested, selection)
         output, h = result if isinstance(result, tuple) else (result, tensors[0])
     else:
-        output, h, _, _ = ops.LAYER_NORM(requested, *tensors, seed, *options, selection=selection)
+        output, h, _, _ = ops.LAYER_NORM(requested, *tensors, seed, *options, return_sum, selection=selection)
         h = tensors[0] if residual is None and seed is None else h
     return (output, h) if return_sum else output
 

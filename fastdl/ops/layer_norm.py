@@ -56,16 +56,18 @@ def reference(
     eps: float,
     dropout: float,
     rms: bool,
+    keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Output, h, mean and rstd by torch's operators.
 
     Args:
         input, residual: (*, *normalized_shape); weight, bias: normalized_shape, of input's dtype or float32.
         seed: () int64, with dropout.
+        keep: whether h is wanted.
 
     Returns:
         output and h of input's shape and dtype, mean and rstd (rows,) in the dtype of computation; empty are h where it
-        is input itself, and mean for rms.
+        is input itself or not wanted, and mean for rms.
     """
     dtype = compute_dtype(input)
     h = input
@@ -79,7 +81,7 @@ def reference(
     for tensor, operation in ((weight, torch.mul), (bias, torch.add)):
         y = y if tensor is None else operation(y, tensor.to(dtype).flatten())
     output = y.to(input.dtype).view(input.shape)
-    return output, input.new_empty(0) if h is input else h.contiguous(), mean, rstd
+    return output, h.contiguous() if keep and h is not input else input.new_empty(0), mean, rstd
 
 
 def _normal(h: Tensor, mean: Tensor, rstd: Tensor, normalized_shape: Sequence[int], rms: bool) -> Tensor:
@@ -146,6 +148,7 @@ def _check(
     eps: float,
     dropout: float,
     rms: bool,
+    keep: bool,
 ) -> None:
     name = "rms_norm" if rms else "layer_norm"
     if not isinstance(input, Tensor):
@@ -203,6 +206,7 @@ def _shape_class(
     eps: float,
     dropout: float,
     rms: bool,
+    keep: bool,
 ) -> tuple[str, tuple[int, ...]]:
     label = "dropout" if dropout else "residual" if residual is not None else "rms" if rms else "plain"
     return label, _rows(input, normalized_shape)
@@ -213,11 +217,11 @@ def _empty_rows(like: Tensor, rows: int) -> Tensor:
 
 
 def _empty_results(
-    input: Tensor, separate: bool, normalized_shape: Sequence[int], rms: bool
+    input: Tensor, keep: bool, normalized_shape: Sequence[int], rms: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The uninitialised results of the forward; separate: whether h is not input itself."""
+    """The uninitialised results of the forward; keep: whether h is one of them."""
     rows, _ = _rows(input, normalized_shape)
-    output, h = [_native.empty(shape, input) for shape in (input.shape, input.shape if separate else (0,))]
+    output, h = [_native.empty(shape, input) for shape in (input.shape, input.shape if keep else (0,))]
     return output, h, _empty_rows(input, 0 if rms else rows), _empty_rows(input, rows)
 
 
@@ -231,9 +235,10 @@ def _fake(
     eps: float,
     dropout: float,
     rms: bool,
+    keep: bool,
     _: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _empty_results(input, residual is not None or seed is not None, normalized_shape, rms)
+    return _empty_results(input, keep and (residual is not None or seed is not None), normalized_shape, rms)
 
 
 def _empty_gradients(h: Tensor, normalized_shape: Sequence[int], needs: Sequence[bool]) -> list[Tensor | None]:
@@ -249,7 +254,7 @@ def _fake_backward(grad_output: Tensor, grad_sum: Any, h: Tensor, *rest: Any) ->
 
 LAYER_NORM = Op(
     "layer_norm(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? seed, SymInt[] normalized_shape, "
-    "float eps, float dropout, bool rms, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    "float eps, float dropout, bool rms, bool keep, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_fake,
     reference=reference,
     tensors=5,
@@ -300,13 +305,14 @@ def _implement(backend: str, launchers: Callable[[], Any]) -> None:
         eps: float,
         dropout: float,
         rms: bool,
+        keep: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if input.numel() == 0:
-            return reference(input, residual, weight, bias, seed, normalized_shape, eps, dropout, rms)
-        separate = residual is not None or seed is not None
-        output, h, mean, rstd = _empty_results(input, separate, normalized_shape, rms)
+            return reference(input, residual, weight, bias, seed, normalized_shape, eps, dropout, rms, keep)
+        keep = keep and (residual is not None or seed is not None)
+        output, h, mean, rstd = _empty_results(input, keep, normalized_shape, rms)
         given = _contiguous(input, residual, weight, bias)
-        results = output, h if separate else None, None if rms else mean, rstd
+        results = output, h if keep else None, None if rms else mean, rstd
         launchers().layer_norm(_rows(input, normalized_shape), *given, seed, *results, eps, dropout)
         return output, h, mean, rstd
 
@@ -422,7 +428,7 @@ class LayerNormFunction(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         arguments = normalized_shape, eps, dropout, rms
         output, h, mean, rstd = LAYER_NORM(
-            requested, input, residual, weight, bias, seed, *arguments, selection=selection
+            requested, input, residual, weight, bias, seed, *arguments, True, selection=selection
         )
         separate = residual is not None or seed is not None
         through = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]

@@ -11,7 +11,7 @@ struct LayerNormArguments {
   int64_t rows, columns;
   const void *input, *residual;  // [rows, columns]; residual or null
   const void *weight, *bias;     // [columns] or null
-  void *output, *sum;            // [rows, columns]; sum receives h, null where h is input
+  void *output, *sum;            // [rows, columns]; sum receives h, or null
   void *mean, *rstd;             // [rows]; mean null for rms
   double eps, dropout;
   uint64_t seed;
