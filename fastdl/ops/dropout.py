@@ -86,6 +86,16 @@ def _implement_native(backend: str) -> None:
 _implement_native("cpu")
 
 
+@DROPOUT.implement("triton", Support(_native.FLOATING))
+def _triton(input: Tensor, seed: Tensor, p: float) -> Tensor:
+    from fastdl.kernels import dropout as kernels
+
+    input = dense(input)
+    output = torch.empty_like(input)
+    kernels.dropout(input, output, seed, p)
+    return output
+
+
 def with_strides(tensor: Tensor, strides: Sequence[int]) -> Tensor:
     """The tensor, or a copy, with the strides of a dense tensor of its shape."""
     if tensor.stride() == tuple(strides):

@@ -401,6 +401,18 @@ _CPU = _NativeLaunchers("cpu")
 _implement("cpu", lambda: _CPU)
 
 
+# ----------------------------------------------------------------------------------------------------------- triton
+
+
+def _triton() -> Any:
+    from fastdl.kernels import layer_norm
+
+    return layer_norm
+
+
+_implement("triton", _triton)
+
+
 # ---------------------------------------------------------------------------------------------------------- autograd
 
 
