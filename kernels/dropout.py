@@ -83,10 +83,11 @@ def constants_of(p, dtype):
 
 def dropout_launch(input, output, seed, p, device):
     """The launch of dropout, not yet run; of at least one element."""
+    block = BLOCK * 4 // max(input.element_size(), 4)  # 64 bits take two registers
     arguments = {"input": input, "output": output, "seed": seed, "count": input.numel()}
-    constants = {**constants_of(p, input.dtype), "BLOCK": BLOCK}
+    constants = {**constants_of(p, input.dtype), "BLOCK": block}
     plan = Plan(PROGRAMS, access_bytes=16 if input.element_size() < 8 else 0)
-    return Launch(dropout_kernel, (triton.cdiv(input.numel(), BLOCK),), arguments, constants, device, WARPS, plan=plan)
+    return Launch(dropout_kernel, (triton.cdiv(input.numel(), block),), arguments, constants, device, WARPS, plan=plan)
 
 
 def dropout(input, output, seed, p):

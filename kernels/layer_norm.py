@@ -279,47 +279,56 @@ class Tile:
     whole: bool
 
 
-# The longest row that a program keeps, by bytes of an element: 32 values a thread of 16 warps, half of its registers in
-# 32 bits. The backward keeps five tensors' values, so a quarter of that.
+# The longest row that a program keeps, by bytes of an element: 32 values a thread of 512, half of its registers in 32
+# bits. The backward keeps five tensors' values, of which those of 16 bits take less.
 FORWARD_COLUMNS = {2: 16384, 4: 16384, 8: 4096}
-BACKWARD_COLUMNS = {2: 8192, 4: 8192, 8: 2048}
-# Short rows share a program: eight values a thread of four warps, 16 bytes of each tensor in 16 bits.
+BACKWARD_COLUMNS = {2: 8192, 4: 4096, 8: 2048}
+# Short rows share a program: eight values a thread of 128, 16 bytes of each tensor in 16 bits.
 TILE = 1024
 WARPS = 4
+THREADS_AT_ONCE = 512  # of a multiprocessor, with 128 registers each
 
 
-def choose_tile(columns, most):
+def choose_tile(columns, most, device):
     """The tile for rows of so many columns, where a program keeps `most` values."""
-    width = triton.next_power_of_2(columns)
+    width, lanes = triton.next_power_of_2(columns), _lanes(device)
     if width > most:
-        return Tile(1, most // 2, 8, False)  # chunks of half of it: the loops' addresses take registers, too
+        return Tile(1, most // 2, 256 // lanes, False)  # chunks of half of it: the loops' addresses take registers, too
     rows = max(1, TILE // width)
-    warps = min(max(rows * width // 512, WARPS), 16)  # 16 values a thread, and more only where warps run out
-    return Tile(rows, width, warps, True)
+    threads = min(max(rows * width // 16, 128), 512)  # 16 values a thread, and more only where threads run out
+    return Tile(rows, width, threads // lanes, True)
+
+
+def _lanes(device):
+    """Threads of a warp."""
+    return 32 if device.capability else 64
+
+
+def _programs(tile, device):
+    return THREADS_AT_ONCE // (tile.warps * _lanes(device))
 
 
 # ------------------------------------------------------------------------------------------------------------ launches
 
 
-def _is_wide(columns, tile, *tensors):
+def _is_wide(columns, tile, device, *tensors):
     """Whether all accesses are of 16 bytes."""
     aligned = all(t is None or t.data_ptr() % 16 == 0 for t in tensors)
-    values = tile.rows * tile.columns // (tile.warps * 32)
+    values = tile.rows * tile.columns // (tile.warps * _lanes(device))
     return aligned and columns % 16 == 0 and all(t is None or values * t.element_size() >= 16 for t in tensors)
 
 
 def forward_launch(columns, input, residual, weight, bias, seed, output, h, mean, rstd, eps, dropout, device):
     """The launch of layer_norm, not yet run."""
     rows = input.numel() // columns
-    tile = choose_tile(columns, FORWARD_COLUMNS[input.element_size()])
+    tile = choose_tile(columns, FORWARD_COLUMNS[input.element_size()], device)
     arguments = {
         "input": input, "residual": residual, "weight": weight, "bias": bias, "seed": seed,
         "output": output, "h": h, "mean": mean, "rstd": rstd, "rows": rows, "columns": columns,
     }  # fmt: skip
     constants = _constants(dropout, input, columns, tile) | {"EPS": eps}
-    access = 16 if _is_wide(columns, tile, input, residual, output, h) else 0
-    # 32 values a thread need the registers that 16 warps leave.
-    plan = Plan(1 if tile.warps == 16 else 16 // tile.warps, access_bytes=access)
+    access = 16 if _is_wide(columns, tile, device, input, residual, output, h) else 0
+    plan = Plan(_programs(tile, device), access_bytes=access)
     grid = (triton.cdiv(rows, tile.rows),)
     return Launch(forward_kernel, grid, arguments, constants, device, tile.warps, plan=plan)
 
@@ -330,8 +339,8 @@ def backward_launches(
 ):  # fmt: skip
     """The launches of layer_norm_backward, not yet run."""
     rows = h.numel() // columns
-    tile = choose_tile(columns, BACKWARD_COLUMNS[h.element_size()])
-    programs = max(1, 16 // tile.warps)
+    tile = choose_tile(columns, BACKWARD_COLUMNS[h.element_size()], device)
+    programs = max(1, _programs(tile, device) * 4 // max(h.element_size(), 4))  # 64 bits take two registers
     steps = triton.cdiv(rows, tile.rows)
     part_steps = triton.cdiv(steps, min(steps, programs * device.multiprocessors))
     parts = triton.cdiv(steps, part_steps)
@@ -344,7 +353,7 @@ def backward_launches(
         "rows": rows, "columns": columns, "part_steps": part_steps,
     }  # fmt: skip
     constants = _constants(dropout, h, columns, tile)
-    wide = _is_wide(columns, tile, grad_output, grad_sum, h, grad_input, grad_residual)
+    wide = _is_wide(columns, tile, device, grad_output, grad_sum, h, grad_input, grad_residual)
     plan = Plan(programs, access_bytes=16 if wide else 0)
     launches = [Launch(backward_kernel, (parts,), arguments, constants, device, tile.warps, plan=plan)]
     if partial is not None:
