@@ -4,8 +4,8 @@ All tensors are (rows, columns), contiguous; weight and bias (columns,) in any f
 RMS normalisation, and rstd (rows,) in the dtype of computation. A program keeps a tile of whole rows in registers: one
 pass over memory. Longer rows go in chunks, whose moments are joined, and are read twice, with dropout made again.
 
-The backward's programs take so many rows each that they fill the device once, and keep their part of the sums over rows;
-a second launch adds the parts up, in an order that no timing changes.
+The backward's programs take so many rows each that they fill the device once, and keep their part of the sums over
+rows; a second launch adds the parts up, in an order that no timing changes.
 """
 
 from dataclasses import dataclass
@@ -56,7 +56,7 @@ def load_h(
 
 @triton.jit
 def moments(x, mask, size, COMPUTE: tl.constexpr, RMS: tl.constexpr):
-    """Mean and sum of squared differences from it of rows, (ROWS, 1), `size` values each; for RMS 0 and sum of squares."""
+    """Mean and sum of squared differences from it of rows of `size` values, (ROWS, 1); for RMS 0 and sum of squares."""
     if RMS:
         mean = tl.zeros((x.shape[0], 1), COMPUTE)
         squares = tl.sum(x * x, 1)[:, None]
@@ -176,8 +176,8 @@ def backward_kernel(
     """grad_input and grad_residual; partial (parts, 2, columns): each part's sums of grad_output * normal and of
     grad_output. Each may be None.
 
-    Launches a 1D grid where program p takes the steps p * part_steps to (p + 1) * part_steps of ROWS rows each; WHOLE if
-    COLUMNS columns hold all of a row, else ROWS is 1.
+    Launches a 1D grid where program p takes the steps p * part_steps to (p + 1) * part_steps of ROWS rows each; WHOLE
+    if COLUMNS columns hold all of a row, else ROWS is 1.
     """
     part = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, COLUMNS)[None, :]

@@ -325,7 +325,9 @@ def test_sum_and_dropout(backend, rms, residual, p, dtype):
 @pytest.mark.parametrize("columns", [72, 33, 20_001])
 @pytest.mark.parametrize("backend", NATIVE)
 def test_output_does_not_depend_on_whether_the_sum_is_kept(backend, columns):
-    inputs = {name: t.to(device_of(backend)) for name, t in make((5, columns), dtype=torch.bfloat16, residual=True).items()}
+    inputs = {
+        name: t.to(device_of(backend)) for name, t in make((5, columns), dtype=torch.bfloat16, residual=True).items()
+    }
     for p in (0.0, 0.3):
         outputs = []
         for return_sum in (True, False):

@@ -8,6 +8,8 @@ void bind_cuda(py::module_& module) {
   bind_cuda_conv(module);
   bind_cuda_cross_entropy(module);
   bind_cuda_embedding(module);
+  bind_cuda_dropout(module);
+  bind_cuda_layer_norm(module);
   bind_cuda_linear(module);
   bind_cuda_pooling(module);
   bind_cuda_rnn(module);

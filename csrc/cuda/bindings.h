@@ -19,6 +19,8 @@ void bind_cuda_batch_norm(py::module_& module);
 void bind_cuda_conv(py::module_& module);
 void bind_cuda_cross_entropy(py::module_& module);
 void bind_cuda_embedding(py::module_& module);
+void bind_cuda_dropout(py::module_& module);
+void bind_cuda_layer_norm(py::module_& module);
 void bind_cuda_linear(py::module_& module);
 void bind_cuda_pooling(py::module_& module);
 void bind_cuda_rnn(py::module_& module);

@@ -84,6 +84,7 @@ def _implement_native(backend: str) -> None:
 
 
 _implement_native("cpu")
+_implement_native("cuda")
 
 
 @DROPOUT.implement("triton", Support(_native.FLOATING))

@@ -385,20 +385,28 @@ class _NativeLaunchers:
     ) -> None:
         """Backward."""
         *tensors, dropout = rest
-        _native.kernels(self.backend).layer_norm_backward(
-            _native.DTYPE_CODES[h.dtype],
+        kernels, code = _native.kernels(self.backend), _native.DTYPE_CODES[h.dtype]
+        workspace: tuple[int, ...] = ()
+        if self.backend == "cuda":
+            size = kernels.layer_norm_backward_workspace(code, *rows)
+            memory = _native.workspace(size, h)
+            workspace = (_native.address(memory),)
+        kernels.layer_norm_backward(
+            code,
             _is_wide(h, weight),
             *rows,
             *map(_native.address, (grad_output, grad_sum, h, weight, *tensors)),
             dropout,
             dropping.seed_of(self.backend, seed),
+            *workspace,
             _native.context(h),
         )
 
 
-_CPU = _NativeLaunchers("cpu")
+_CPU, _CUDA = _NativeLaunchers("cpu"), _NativeLaunchers("cuda")
 
 _implement("cpu", lambda: _CPU)
+_implement("cuda", lambda: _CUDA)
 
 
 # ----------------------------------------------------------------------------------------------------------- triton
