@@ -1,4 +1,4 @@
-"""Calls emulated layer normalisation and dropout on heap blocks of exact size: python sanitized_layer_norm.py MODULE FULL.
+"""Calls emulated layer norms and dropout on heap blocks of exact size: python sanitized_layer_norm.py MODULE FULL.
 
 As sanitized_calls.py. FULL: 1 for all dtypes and for rows that no thread keeps.
 """
