@@ -42,7 +42,7 @@ class Net(torch.nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.encoder = torch.nn.Sequential(Block(), torch.nn.LayerNorm(12), torch.nn.Linear(12, 8))
+        self.encoder = torch.nn.Sequential(Block(), torch.nn.GroupNorm(3, 12), torch.nn.Linear(12, 8))
         self.decoder = torch.nn.ModuleDict({"block": Block(), "head": torch.nn.Linear(12, 3)})
 
     def forward(self, x: Tensor) -> Tensor:
@@ -78,6 +78,9 @@ EXAMPLES = {
     torch.nn.Conv2d: ((4, 3, (1, 2)), (1, 4, 1, 2)),
     torch.nn.SyncBatchNorm: ((4,), (2, 4)),
     torch.nn.Linear: ((4, 3), (2, 4)),
+    torch.nn.LayerNorm: ((4,), (2, 4)),
+    torch.nn.RMSNorm: ((4,), (2, 4)),
+    torch.nn.Dropout: ((0.0,), (2, 4)),
     **dict.fromkeys([torch.nn.LSTM, torch.nn.GRU, torch.nn.RNN], ((4, 3), (2, 4))),
     **dict.fromkeys([torch.nn.LSTMCell, torch.nn.GRUCell, torch.nn.RNNCell], ((4, 3), (2, 4))),
     torch.nn.MaxPool2d: ((2,), (1, 2, 6, 6)),

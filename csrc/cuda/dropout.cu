@@ -48,7 +48,7 @@ void dropout(int dtype, const void* input, void* output, int64_t count, double p
   require(count == 0 || input, name, "input", "0", "an address");
   require(count == 0 || output, name, "output", "0", "an address");
   require(seed, name, "seed", "0", "an address");
-  require(p > 0 && p <= 1, name, "p", p, "above 0, up to 1");
+  require(p >= 0 && p <= 1, name, "p", p, "0 to 1");
   dispatch_dtype(name, dtype, [&]<class T>() {
     if (count == 0) return;
     auto run = [&]<int width>() {

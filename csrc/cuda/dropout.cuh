@@ -12,9 +12,7 @@ struct Dropout {
   C kept;
 
   Dropout(const void* seed, double p)
-      : seed(p > 0 ? static_cast<const uint64_t*>(seed) : nullptr),
-        threshold(dropout_threshold(p)),
-        kept(C(dropout_kept(p))) {}
+      : seed(static_cast<const uint64_t*>(seed)), threshold(dropout_threshold(p)), kept(C(dropout_kept(p))) {}
 
   // Multiplies elements [first, first + count) by their factors; first is a multiple of 4 unless count is 1.
   template <int count>

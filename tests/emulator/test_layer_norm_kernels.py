@@ -51,6 +51,7 @@ def check(kernels, shape, dtype, *, fused=True, rms=False, wide=False, offset=0,
     code, wide = DTYPES[dtype], wide or compute(dtype) == dtype
     parameters = compute(dtype) if wide else dtype
     seed = torch.randint(0, 2**63 - 1, ())
+    key = seed.data_ptr() if fused else 0
 
     def place(values, kind=dtype):
         return Placed(values, kind, offset)
@@ -65,7 +66,7 @@ def check(kernels, shape, dtype, *, fused=True, rms=False, wide=False, offset=0,
     mean, rstd = None if rms else Placed((rows,), compute(dtype)), Placed((rows,), compute(dtype))
     results = output, h, mean, rstd
     given = map(address, (input, residual, weight, bias, *results))
-    kernels.layer_norm(code, wide, rows, columns, *given, EPS, p, seed.data_ptr(), 0)
+    kernels.layer_norm(code, wide, rows, columns, *given, EPS, p, key, 0)
     total = input.tensor.double() * own
     if fused:
         total = total + residual.tensor.double()
@@ -98,7 +99,7 @@ def check(kernels, shape, dtype, *, fused=True, rms=False, wide=False, offset=0,
         grads = [place(n, kind) if need else None for n, kind, need in zip(sizes, kinds, needs, strict=True)]
         workspace = Placed((bytes_ // 4,), torch.float32)
         tensors = map(address, (grad, grad_sum, saved, weight, mean, rstd, *grads))
-        arguments = *tensors, p, seed.data_ptr(), workspace.address, 0
+        arguments = *tensors, p, key, workspace.address, 0
         kernels.layer_norm_backward(code, wide, rows, columns, *arguments)
         assert workspace.untouched_around()
         sums = (grad.tensor.double() * normal).abs().sum(0).detach(), grad.tensor.double().abs().sum(0)
@@ -175,7 +176,7 @@ def test_bad_arguments_are_named():
         r"layer_norm: seed must be an address": norm(p=0.5, seed=0),
         r"layer_norm_backward: arrays must be addresses": backward(grad=0),
         r"layer_norm_backward: workspace must be an address": backward(workspace=0),
-        r"dropout: p must be above 0, up to 1, got 0": lambda: kernels.dropout(0, one, one, 1, 0.0, one, 0),
+        r"dropout: p must be 0 to 1, got 2": lambda: kernels.dropout(0, one, one, 1, 2.0, one, 0),
         r"dropout: count must be at least 0, got -1": lambda: kernels.dropout(0, one, one, -1, 0.5, one, 0),
         r"dropout: seed must be an address": lambda: kernels.dropout(0, one, one, 1, 0.5, 0, 0),
     }.items():
