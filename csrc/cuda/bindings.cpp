@@ -4,6 +4,7 @@
 namespace fastdl {
 
 void bind_cuda(py::module_& module) {
+  bind_cuda_attention(module);
   bind_cuda_batch_norm(module);
   bind_cuda_conv(module);
   bind_cuda_cross_entropy(module);

@@ -15,6 +15,7 @@ using released = py::call_guard<py::gil_scoped_release>;
 inline void* pointer(Address address) { return reinterpret_cast<void*>(address); }
 inline cudaStream_t stream(Address context) { return reinterpret_cast<cudaStream_t>(context); }
 
+void bind_cuda_attention(py::module_& module);
 void bind_cuda_batch_norm(py::module_& module);
 void bind_cuda_conv(py::module_& module);
 void bind_cuda_cross_entropy(py::module_& module);

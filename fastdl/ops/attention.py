@@ -609,6 +609,158 @@ def _attention_backward_cpu(
     return results
 
 
+# -------------------------------------------------------------------------------------------------------------- cuda
+
+
+def _arguments_cuda(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    slopes: Tensor | None,
+    query_offsets: Tensor | None,
+    key_offsets: Tensor | None,
+    seed: Tensor | None,
+    max_query: int,
+    max_key: int,
+    scale: float,
+    left: int,
+    right: int,
+    bottom_right: bool,
+    dropout: float,
+) -> _Arguments:
+    kernels = _native.kernels("cuda")
+    batch, heads, queries, size = query.shape
+    keys = key.shape[2]
+    if query_offsets is not None and key_offsets is not None:
+        batch = len(query_offsets) - 1
+        query_offsets, key_offsets = [t.to(torch.int64).contiguous() for t in (query_offsets, key_offsets)]
+    kind, mask_strides = 0, [0] * 4
+    if mask is not None:
+        kind = 1 if mask.dtype == torch.bool else 2 if mask.dtype == query.dtype else 3
+        mask = mask.to(compute_dtype(query)) if kind == 3 else mask
+        mask_strides = [0 if n == 1 else s for n, s in zip(mask.shape, mask.stride(), strict=True)]
+    if slopes is not None:
+        slopes = slopes.to(compute_dtype(query)).contiguous()
+    shape = kernels.AttentionShape(
+        batch,
+        heads,
+        heads // key.shape[1],
+        queries,
+        keys,
+        size,
+        value.shape[3],
+        _native.address(query_offsets),
+        _native.address(key_offsets),
+        min(max_query, queries),
+        min(max_key, keys),
+    )
+    scores = kernels.AttentionScores(
+        scale,
+        left,
+        right,
+        bottom_right,
+        kind,
+        _native.address(mask),
+        mask_strides,
+        _native.address(slopes),
+        heads if slopes is not None and len(slopes) > 1 else 0,
+        dropout,
+        _native.address(seed),
+    )
+    return _Arguments(shape, scores, (mask, slopes, query_offsets, key_offsets))
+
+
+@ATTENTION.implement("cuda", Support(_native.FLOATING, _limit, f"head dimensions up to {MAX_HEAD_DIM}"))
+def _attention_cuda(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    slopes: Tensor | None,
+    query_offsets: Tensor | None,
+    key_offsets: Tensor | None,
+    seed: Tensor | None,
+    *options: Any,
+) -> tuple[Tensor, Tensor]:
+    tensors = mask, slopes, query_offsets, key_offsets, seed
+    if 0 in (query.numel(), key.numel(), value.numel()):
+        return reference(query, key, value, *tensors, *options)
+    output = empty_output(query, value)
+    logsumexp = query.new_empty(query.shape[:3], dtype=compute_dtype(query))
+    query, key, value = [_with_rows(t) for t in (query, key, value)]
+    arguments = _arguments_cuda(query, key, value, *tensors, *options)
+    _native.kernels("cuda").attention(
+        _native.DTYPE_CODES[query.dtype],
+        arguments.shape,
+        arguments.scores,
+        _place(query),
+        _place(key),
+        _place(value),
+        _place(output),
+        logsumexp.data_ptr(),
+        _native.matmul_allows_tf32(),
+        _native.context(query),
+    )
+    return output, logsumexp
+
+
+@ATTENTION_BACKWARD.implement("cuda", Support(_native.FLOATING, _limit_backward))
+def _attention_backward_cuda(
+    grad_output: Tensor,
+    grad_logsumexp: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    slopes: Tensor | None,
+    query_offsets: Tensor | None,
+    key_offsets: Tensor | None,
+    seed: Tensor | None,
+    output: Tensor,
+    logsumexp: Tensor,
+    *options_and_needs: Any,
+) -> list[Tensor]:
+    *options, needs = options_and_needs
+    tensors = mask, slopes, query_offsets, key_offsets, seed
+    if 0 in (query.numel(), key.numel(), value.numel()):
+        saved = query, key, value, *tensors, output, logsumexp
+        return _laid_out_backward(grad_output, grad_logsumexp, *saved, *options, needs)
+    gradients = [
+        empty_gradient(t) if need else None for t, need in zip((query, key, value), needs, strict=False)
+    ]
+    scores_gradient = None
+    if needs[3]:  # the whole of it, before the sum over what the mask is broadcast over; 0 where nothing is seen
+        shape = *query.shape[:3], key.shape[2]
+        scores_gradient = query.new_zeros(shape, dtype=compute_dtype(query))
+    grad_output, query, key, value, output = [_with_rows(t) for t in (grad_output, query, key, value, output)]
+    grad_logsumexp = None if grad_logsumexp is None else grad_logsumexp.contiguous()
+    kernels, code = _native.kernels("cuda"), _native.DTYPE_CODES[query.dtype]
+    arguments = _arguments_cuda(query, key, value, *tensors, *options)
+    workspace = _native.workspace(kernels.attention_backward_workspace(code, arguments.shape), query)
+    kernels.attention_backward(
+        code,
+        arguments.shape,
+        arguments.scores,
+        _place(grad_output),
+        _place(query),
+        _place(key),
+        _place(value),
+        _place(output),
+        logsumexp.data_ptr(),
+        _native.address(grad_logsumexp),
+        *map(_place, gradients),
+        _native.address(scores_gradient),
+        _native.matmul_allows_tf32(),
+        _native.address(workspace),
+        _native.context(query),
+    )
+    results = [gradient for gradient in gradients if gradient is not None]
+    if scores_gradient is not None and mask is not None:
+        results.append(empty_gradient(mask).copy_(scores_gradient.sum_to_size(mask.shape)))
+    return results
+
+
 # ---------------------------------------------------------------------------------------------------------- autograd
 
 
