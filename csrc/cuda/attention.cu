@@ -71,93 +71,96 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   using T = typename Traits::T;
   using C = typename Traits::C;
   using Product = typename Traits::Product;
+  using Lines = typename Traits::Lines;
   constexpr int rows = Traits::kRows, columns = Traits::kColumns, threads = Traits::kThreads;
+  using Mine = Share<Lines, threads>;
   FDL_DYN_SHARED(char, shared, Traits::kBytes);
   char *const shared_query = shared, *const shared_key = shared + Traits::kRowBytes;
   char* const shared_value = shared_key + Traits::kColumnBytes;
 
-  const int part = blockIdx.x % Traits::kHalves, block_index = blockIdx.x / Traits::kHalves;
+  FDL_SHARED(Block, shared_block, [1]);
+  FDL_SHARED(Seen, shared_seen, [Traits::kDivision.warps]);
+  const Block& block = shared_block[0];
+
+  const int first_column = int(blockIdx.x) % Traits::kHalves * Traits::kAccumulated;
+  const int block_index = blockIdx.x / Traits::kHalves;
   const int blocks = (task.longest_queries + rows - 1) / rows, head_index = block_index / blocks;
-  const Head head(task, head_index / task.heads, head_index % task.heads);
-  const int query0 = (blocks - 1 - block_index % blocks) * rows;
-  const int first_column = part * Traits::kAccumulated;
-  if (query0 >= head.queries || first_column >= task.value_size) return;
+  const Block mine =
+      block_of(task, head_index / task.heads, head_index % task.heads, (blocks - 1 - block_index % blocks) * rows);
+  if (mine.row >= mine.queries || first_column >= task.value_size) return;
+  const int warp = threadIdx.x / 32, warp_row = warp * Traits::kWarpRows, last = mine.queries - 1;
+  shared_seen[warp] =
+      Seen::of<false>(task, mine, mine.row + warp_row, min(mine.row + warp_row + Traits::kWarpRows - 1, last));
+  if (threadIdx.x == 0) shared_block[0] = mine;
+  __syncthreads();
 
-  const int last_query = min(query0 + rows, head.queries) - 1;
-  const int first_key = max(0, query0 + head.shift - head.left) / columns * columns;
-  const int end_key = min(head.keys, last_query + head.shift + head.right + 1);
-  const int batch = task.query_offsets ? 0 : head.batch, key_head = head.index / task.group;
-  const T* const key = task.key.at(batch, key_head, head.first_key);
-  const T* const value = task.value.at(batch, key_head, head.first_key);
-
-  const int warp_row = threadIdx.x / 32 * Traits::kWarpRows;
-  const int warp_query = query0 + warp_row, warp_last = min(warp_query + Traits::kWarpRows, head.queries) - 1;
+  const Seen& seen = shared_seen[warp];
+  const Seen block_seen = Seen::of<false>(task, mine, mine.row, min(mine.row + rows - 1, last));
+  const int first_key = block_seen.begin / columns * columns, end_key = block_seen.end;
+  const int entry = entry_of(task, mine), key_head = mine.head / task.group;
+  const int64_t key_row = mine.first_key + first_key;
+  const T* key = Mine::first(task.key.at(entry, key_head, key_row), task.key.row_stride);
+  const T* value = Mine::first(task.value.at(entry, key_head, key_row), task.value.row_stride);
   char* const warp_lines = shared_query + warp_row * Traits::kLineBytes;
-  // Products stay unscaled where nothing is added to them.
-  const bool scaled = task.mask_kind != kNoMask || task.slopes || !(task.scale > 0);
-  const C unit = scaled ? C(kLog2E) : task.scale * C(kLog2E);
-
   Softmax<Traits> softmax;
   typename Traits::OutputSums sums = {};
 
-  auto copy_key = [&](int key0) {
-    copy_rows<typename Traits::Lines, columns, threads>(shared_key, key + key0 * task.key.row_stride,
-                                                        task.key.row_stride, task.key.vectors, head.keys - key0,
-                                                        task.size);
+  auto copy_columns = [&](char* to, const T*& source, const View<const T>& view, int key0, int size) {
+    copy_rows<Lines, columns, threads>(to, source, view, block.keys - key0, size);
     ptx::cp_async_commit();
+    source += columns * view.row_stride;
   };
   if (first_key < end_key) {
-    copy_rows<typename Traits::Lines, rows, threads>(
-        shared_query, task.query.at(batch, head.index, head.first_query + query0), task.query.row_stride,
-        task.query.vectors, head.queries - query0, task.size);
-    copy_key(first_key);
+    const T* const query = task.query.at(entry, mine.head, mine.first_query + mine.row);
+    copy_rows<Lines, rows, threads>(shared_query, Mine::first(query, task.query.row_stride), task.query,
+                                    mine.queries - mine.row, task.size);
+    copy_columns(shared_key, key, task.key, first_key, task.size);
   }
 #pragma unroll 1
   for (int key0 = first_key; key0 < end_key; key0 += columns) {
-    const int last_key = key0 + columns - 1;
-    const bool sees = head.sees(warp_query, warp_last, key0, last_key);
+    const bool sees = key0 < seen.end && key0 + columns > seen.begin;
     ptx::cp_async_wait<0>();
     __syncthreads();  // the keys are there, the last values have been read
-    copy_rows<typename Traits::Lines, columns, threads>(shared_value, value + key0 * task.value.row_stride,
-                                                        task.value.row_stride, task.value.vectors, head.keys - key0,
-                                                        task.value_size);
-    ptx::cp_async_commit();
+    copy_columns(shared_value, value, task.value, key0, task.value_size);
     typename Traits::ScoreSums s = {};
     if (sees) Product::multiply(s, warp_lines, shared_key, task.size);
     ptx::cp_async_wait<0>();
     __syncthreads();  // the values are there, the keys have been read
-    if (key0 + columns < end_key) copy_key(key0 + columns);
+    if (key0 + columns < end_key) copy_columns(shared_key, key, task.key, key0 + columns, task.size);
     if (!sees) continue;
-    const bool all = head.sees_all(warp_query, warp_last, key0, last_key);
-    if (scaled || !all) change_scores<false>(s, task, head, warp_query, key0, scaled, all);
-    softmax.update(s, sums, unit);
-    if (task.seed) {
+    const bool all = key0 >= seen.all_begin && key0 + columns <= seen.all_end;
+    const bool scaled = !Traits::kPlain && task.scaled;
+    const int query0 = block.row + warp_row;
+    if (scaled || !all) change_scores<false, Traits::kPlain>(s, task, block, block.head, query0, key0, scaled, all);
+    softmax.update(s, sums, task.unit);
+    if (!Traits::kPlain && task.seed) {
       drop<false, Traits::kRowTiles, Traits::kColumnTiles>(
-          task, head, warp_query, key0, [&](int i, int j, int e, C factor) { s[i][j][e] *= factor; });
+          task, block, block.head, query0, key0, [&](int i, int j, int e, C factor) { s[i][j][e] *= factor; });
     }
-    Product::multiply_rows(sums, s, shared_value + part * Traits::kAccumulatedBytes, task.value_size - first_column,
+    Product::multiply_rows(sums, s, shared_value + first_column * int(sizeof(T)), task.value_size - first_column,
                            Traits::staging(shared));
   }
 
   C factor[Traits::kRowTiles][2];
+  const int query0 = block.row + warp_row, count = block.queries - query0, batch = entry_of(task, block);
   C* const logsumexp =
-      task.logsumexp + (int64_t(batch) * task.heads + head.index) * task.queries + head.first_query + warp_query;
+      task.logsumexp + (int64_t(batch) * task.heads + block.head) * task.queries + block.first_query + query0;
 #pragma unroll
   for (int i = 0; i < Traits::kRowTiles; ++i) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const C total = quad_sum(softmax.total[i][half]);
-      const C top = scaled ? softmax.top[i][half] : rounded_product(softmax.top[i][half], task.scale);
+      const C top =
+          !Traits::kPlain && task.scaled ? softmax.top[i][half] : rounded_product(softmax.top[i][half], task.scale);
       factor[i][half] = total == 0 ? C(0) : 1 / total;
       const int row = i * 16 + half * 8 + lane_row();
-      if (part == 0 && lane_column() == 0 && warp_query + row <= warp_last) {
+      if (first_column == 0 && lane_column() == 0 && row < count) {
         logsumexp[row] = total == 0 ? -kInfinity<C> : top + logarithm(total);
       }
     }
   }
-  store_rows<Traits>(task.output.at(batch, head.index, head.first_query + warp_query), task.output.row_stride,
-                     task.output.vectors, warp_lines, warp_last - warp_query + 1, task.value_size, first_column, sums,
-                     [&](int i, int half) { return factor[i][half]; });
+  store_rows<Traits>(task.output.at(batch, block.head, block.first_query + query0), task.output, warp_lines, count,
+                     task.value_size, first_column, sums, [&](int i, int half) { return factor[i][half]; });
 }
 
 }  // namespace
@@ -166,18 +169,17 @@ void attention(const AttentionArguments& arguments) {
   const char* name = "attention";
   const AttentionShape& shape = arguments.shape;
   check_attention(name, shape, arguments.scores);
-  dispatch_attention(name, arguments.dtype, arguments.allow_tf32, shape,
-                     [&]<class T, Arithmetic arithmetic, int bucket>() {
-                       using Kernel = Traits<T, arithmetic, bucket, Pass::output>;
-                       ForwardTask<T> task{task_of<T>(arguments), view_of<T>(arguments.output),
-                                           static_cast<Compute<T>*>(arguments.logsumexp)};
-                       const int64_t blocks =
-                           ceil_div<int64_t>(shape.longest_queries, Kernel::kRows) * Kernel::kHalves;
-                       launch(attention_kernel<Kernel>,
-                              grid_of(name, shape.batch * shape.heads, blocks, Kernel::kThreads, Kernel::kBytes,
-                                      arguments.stream),
-                              task);
-                     });
+  dispatch_attention(
+      name, arguments.dtype, arguments.allow_tf32, shape, arguments.scores,
+      [&]<class T, Arithmetic arithmetic, int bucket, bool plain>() {
+        using Kernel = TraitsOf<T, arithmetic, bucket, plain, Pass::output>;
+        ForwardTask<T> task{task_of<T>(arguments), view_of<T>(arguments.output),
+                            static_cast<Compute<T>*>(arguments.logsumexp)};
+        const int64_t blocks = ceil_div<int64_t>(shape.longest_queries, Kernel::kRows) * Kernel::kHalves;
+        launch(attention_kernel<Kernel>,
+               grid_of(name, shape.batch * shape.heads, blocks, Kernel::kThreads, Kernel::kBytes, arguments.stream),
+               task);
+      });
 }
 
 }  // namespace fastdl::cuda

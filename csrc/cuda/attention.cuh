@@ -48,6 +48,8 @@ struct Task {
   int left, right;
   bool bottom_right;
   C scale;
+  bool scaled;  // scores are products times the scale, else products: that saves work where nothing is added to them
+  C unit;       // powers of 2 in a score's unit
   int mask_kind;
   const void* mask;
   int64_t mask_batch_stride, mask_head_stride, mask_row_stride, mask_column_stride;
@@ -58,44 +60,37 @@ struct Task {
   C kept;
 };
 
-// One head of one sequence.
-struct Head {
-  int batch, index, queries, keys;
-  int shift, left, right;
+// What a block works on: rows of one head of one sequence. It waits in shared memory, as few of a loop's passes need
+// it.
+struct Block {
+  int batch, head;  // a head of queries or, in a kernel whose rows are keys, of keys
+  int row;          // the first
+  int queries, keys, shift;
   int64_t first_query, first_key;
-
-  template <class T>
-  __device__ __forceinline__ Head(const Task<T>& task, int batch, int index)
-      : batch(batch),
-        index(index),
-        queries(task.queries),
-        keys(task.keys),
-        left(task.left),
-        right(task.right),
-        first_query(0),
-        first_key(0) {
-    if (task.query_offsets) {
-      first_query = task.query_offsets[batch];
-      queries = int(task.query_offsets[batch + 1] - first_query);
-      first_key = task.key_offsets[batch];
-      keys = int(task.key_offsets[batch + 1] - first_key);
-    }
-    shift = task.bottom_right ? keys - queries : 0;
-  }
-
-  // Whether any, or each, of the queries sees any, or all, of the keys; ranges with their ends.
-  __device__ __forceinline__ bool sees(int query, int last_query, int key, int last_key) const {
-    return query <= last_query && key <= last_key && key <= last_query + shift + right &&
-           last_key >= query + shift - left;
-  }
-  __device__ __forceinline__ bool sees_all(int query, int last_query, int key, int last_key) const {
-    return last_key < keys && last_key <= query + shift + right && key >= last_query + shift - left;
-  }
 };
+
+template <class T>
+__device__ __forceinline__ Block block_of(const Task<T>& task, int batch, int head, int row) {
+  Block block{batch, head, row, task.queries, task.keys, 0, 0, 0};
+  if (task.query_offsets) {
+    block.first_query = task.query_offsets[batch];
+    block.queries = int(task.query_offsets[batch + 1] - block.first_query);
+    block.first_key = task.key_offsets[batch];
+    block.keys = int(task.key_offsets[batch + 1] - block.first_key);
+  }
+  block.shift = task.bottom_right ? block.keys - block.queries : 0;
+  return block;
+}
+
+// Of packed sequences all rows are in one entry of the batch.
+template <class T>
+__device__ __forceinline__ int entry_of(const Task<T>& task, const Block& block) {
+  return task.query_offsets ? 0 : block.batch;
+}
 
 // ---- Mathematics ----------------------------------------------------------------------------------------------------
 
-__device__ __forceinline__ float power_of_2(float x) { return exp2f(x); }
+__device__ __forceinline__ float power_of_2(float x) { return ptx::exp2(x); }
 __device__ __forceinline__ double power_of_2(double x) { return exp2(x); }
 __device__ __forceinline__ float logarithm(float x) { return logf(x); }
 __device__ __forceinline__ double logarithm(double x) { return log(x); }
@@ -183,8 +178,8 @@ struct Products {
                                                   int size) {
     if constexpr (kTensorCores) {
       const int lane = threadIdx.x % 32, quarter = lane / 8, within = lane % 8;
-      const int first_a = Lines::offset(lane % 16, lane / 16);
-      const int first_b = Lines::offset(quarter / 2 * 8 + within, quarter % 2);
+      const int first_a = ptx::anew(Lines::offset(lane % 16, lane / 16));
+      const int first_b = ptx::anew(Lines::offset(quarter / 2 * 8 + within, quarter % 2));
 #pragma unroll
       for (int step = 0; step < kLineBytes / 32; ++step) {
         uint32_t fragments[row_tiles][4];
@@ -253,7 +248,7 @@ struct Products {
         }
       }
     } else if constexpr (kTensorCores) {
-      const int first = Lines::offset(lane % 16, lane / 16);
+      const int first = ptx::anew(Lines::offset(lane % 16, lane / 16));
 #pragma unroll
       for (int step = 0; step < depth_tiles / 2; ++step) {
         uint32_t fragments[row_tiles][4];
@@ -277,9 +272,8 @@ struct Products {
     } else {
       constexpr int pitch = kStagingPitch<depth_tiles * 8>;
       __syncwarp();  // the last values have been read
-      for_each<1, depth_tiles>([&](int, int j, int e) {
-        staging[(row + e / 2 * 8) * pitch + j * 8 + column + e % 2] = a[0][j][e];
-      });
+      for_each<1, depth_tiles>(
+          [&](int, int j, int e) { staging[(row + e / 2 * 8) * pitch + j * 8 + column + e % 2] = a[0][j][e]; });
       __syncwarp();
 #pragma unroll 1
       for (int k = 0; k < depth_tiles * 8; ++k) {
@@ -313,13 +307,14 @@ struct Products {
 };
 
 // What is known about a kernel at compile time.
-template <class T_, Arithmetic arithmetic, int bucket_, Pass pass>
+template <class T_, Arithmetic arithmetic, int bucket_, bool plain, Pass pass>
 struct Traits {
   using T = T_;
   using C = Compute<T>;
   using Product = Products<T, arithmetic, bucket_>;
   using Lines = typename Product::Lines;
-  static constexpr AttentionDivision kDivision = attention_division(pass, arithmetic, bucket_);
+  static constexpr AttentionDivision kDivision = attention_division(pass, arithmetic, bucket_, plain);
+  static constexpr bool kPlain = plain;
   static constexpr int kRows = kDivision.rows(), kColumns = kDivision.columns, kThreads = kDivision.threads();
   static constexpr int kBlocks = kDivision.blocks;
   static constexpr int kRowTiles = kDivision.row_tiles, kColumnTiles = kColumns / 8;
@@ -352,33 +347,51 @@ struct Traits {
   }
 };
 
+template <class T, Arithmetic arithmetic, int bucket, bool plain, Pass pass>
+using TraitsOf = Traits<T, arithmetic, bucket, plain && attention_has_plain(pass, arithmetic, bucket), pass>;
+
 // ---- Copies ---------------------------------------------------------------------------------------------------------
 
-// Starts to copy rows of `size` elements to shared memory, with zeros after the row's end, and for rows from `count` on.
+// How a block's threads share the chunks of lines in shared memory.
+template <class Lines, int threads>
+struct Share {
+  static constexpr int kChunks = Lines::kLineChunks, kAcross = kChunks < threads ? kChunks : threads;
+  static constexpr int kStep = threads / kAcross;  // lines that are copied at once
+
+  // The thread's first element of rows.
+  template <class T>
+  static __device__ __forceinline__ const T* first(const T* rows, int64_t stride) {
+    return rows + threadIdx.x / kAcross * stride + threadIdx.x % kAcross * Lines::kWidth;
+  }
+};
+
+// Starts to copy rows of `size` elements to shared memory, with zeros after a row's end, and for rows from `count` on.
+// source: the thread's first element.
 template <class Lines, int lines, int threads, class T>
-__device__ __forceinline__ void copy_rows(char* to, const T* from, int64_t stride, bool vectors, int count, int size) {
-  constexpr int width = Lines::kWidth, chunks = Lines::kLineChunks;
-  constexpr int across = chunks < threads ? chunks : threads, step = threads / across;  // chunks and lines at once
-  const int first_line = threadIdx.x / across;
-  if (vectors) {
+__device__ __forceinline__ void copy_rows(char* to, const T* source, const View<const T>& view, int count, int size) {
+  using Mine = Share<Lines, threads>;
+  constexpr int width = Lines::kWidth;
+  const int first_line = threadIdx.x / Mine::kAcross, first_chunk = threadIdx.x % Mine::kAcross;
+  if (view.vectors) {
 #pragma unroll
-    for (int chunk = threadIdx.x % across; chunk < chunks; chunk += across) {
+    for (int more = 0; more < Mine::kChunks; more += Mine::kAcross) {
+      const int chunk = first_chunk + more;
       const int bytes = max(0, min(width, size - chunk * width)) * int(sizeof(T));
-      const T* source = from + first_line * stride + chunk * width;
-#pragma unroll
-      for (int line = 0; line < lines; line += step, source += step * stride) {
-        ptx::cp_async16(to + Lines::offset(first_line + line, chunk), source, first_line + line < count ? bytes : 0);
+      const T* from = source + more * width;
+#pragma unroll 2  // addresses of all would take registers
+      for (int line = 0; line < lines; line += Mine::kStep, from += Mine::kStep * view.row_stride) {
+        ptx::cp_async16(to + Lines::offset(first_line + line, chunk), from, first_line + line < count ? bytes : 0);
       }
     }
   } else {
 #pragma unroll 1
-    for (int i = threadIdx.x; i < lines * chunks; i += threads) {
-      const int line = i / chunks, chunk = i % chunks;
+    for (int i = threadIdx.x; i < lines * Mine::kChunks; i += threads) {
+      const int line = i / Mine::kChunks, chunk = i % Mine::kChunks;
+      const T* from = source + (line - first_line) * view.row_stride + (chunk - first_chunk) * width;
       Chunk<T> values;
 #pragma unroll
       for (int k = 0; k < width; ++k) {
-        const bool inside = line < count && chunk * width + k < size;
-        values.element[k] = inside ? from[line * stride + chunk * width + k] : T(0.f);
+        values.element[k] = line < count && chunk * width + k < size ? from[k] : T(0.f);
       }
       *reinterpret_cast<Chunk<T>*>(to + Lines::offset(line, chunk)) = values;
     }
@@ -388,9 +401,9 @@ __device__ __forceinline__ void copy_rows(char* to, const T* from, int64_t strid
 // Stores a warp's sums, times a factor for each of its rows' halves of tiles, as `count` rows of `size` elements from
 // first_column on. By way of the warp's lines in shared memory, which no other warp reads any more.
 template <class Traits, class Factor>
-__device__ __forceinline__ void store_rows(typename Traits::T* to, int64_t stride, bool vectors, char* lines, int count,
-                                           int size, int first_column, const typename Traits::OutputSums& sums,
-                                           const Factor& factor) {
+__device__ __forceinline__ void store_rows(typename Traits::T* to, const View<typename Traits::T>& view, char* lines,
+                                           int count, int size, int first_column,
+                                           const typename Traits::OutputSums& sums, const Factor& factor) {
   using T = typename Traits::T;
   using C = Compute<T>;
   using Lines = typename Traits::Lines;
@@ -417,8 +430,8 @@ __device__ __forceinline__ void store_rows(typename Traits::T* to, int64_t strid
     const int line = i / chunks, chunk = first_chunk + i % chunks;
     if (line >= count || chunk * width >= size) continue;
     const auto values = *reinterpret_cast<const Chunk<T>*>(lines + Lines::offset(line, chunk));
-    T* target = to + line * stride + chunk * width;
-    if (vectors && (chunk + 1) * width <= size) {
+    T* target = to + line * view.row_stride + chunk * width;
+    if (view.vectors && (chunk + 1) * width <= size) {
       *reinterpret_cast<Chunk<T>*>(target) = values;
     } else {
 #pragma unroll
@@ -431,34 +444,44 @@ __device__ __forceinline__ void store_rows(typename Traits::T* to, int64_t strid
 
 // ---- Scores ---------------------------------------------------------------------------------------------------------
 
-// The query and the key of an element of sums from query0 and key0 on; transposed: rows are keys.
+// The query and the key of a lane's first element of sums, and those of others; transposed: rows are keys.
 template <bool transposed>
-struct Element {
+struct Place {
   int query, key;
-  __device__ __forceinline__ Element(int query0, int key0, int i, int j, int e) {
-    const int row = i * 16 + e / 2 * 8 + lane_row(), column = j * 8 + lane_column() + e % 2;
-    query = query0 + (transposed ? column : row);
+
+  __device__ __forceinline__ Place(int query0, int key0) {
+    const int lane = ptx::anew(threadIdx.x % 32), row = lane / 4, column = lane % 4 * 2;
+    query = ptx::anew(query0) + (transposed ? column : row);
     key = key0 + (transposed ? row : column);
+  }
+  static __device__ __forceinline__ constexpr int queries(int i, int j, int e) {
+    return transposed ? j * 8 + e % 2 : i * 16 + e / 2 * 8;
+  }
+  static __device__ __forceinline__ constexpr int keys(int i, int j, int e) {
+    return transposed ? i * 16 + e / 2 * 8 : j * 8 + e % 2;
   }
 };
 
 // Makes scores of products. scaled: multiply by the scale, all: each query sees each key.
-template <bool transposed, class T, int row_tiles, int column_tiles>
+template <bool transposed, bool plain, class T, int row_tiles, int column_tiles>
 __device__ __forceinline__ void change_scores(Sums<Compute<T>, row_tiles, column_tiles>& s, const Task<T>& task,
-                                              const Head& head, int query0, int key0, bool scaled, bool all) {
+                                              const Block& block, int head, int query0, int key0, bool scaled,
+                                              bool all) {
   using C = Compute<T>;
+  using At = Place<transposed>;
   auto each = [&](const auto& function) {
-    for_each<row_tiles, column_tiles>([&](int i, int j, int e) {
-      const Element<transposed> at(query0, key0, i, j, e);
-      s[i][j][e] = function(s[i][j][e], at.query, at.key);
-    });
+    for_each<row_tiles, column_tiles>(
+        [&](int i, int j, int e) { s[i][j][e] = function(s[i][j][e], At::queries(i, j, e), At::keys(i, j, e)); });
   };
   if (scaled) each([&](C z, int, int) { return rounded_product(z, task.scale); });
-  if (task.mask_kind != kNoMask) {
-    const int64_t first = head.batch * task.mask_batch_stride + head.index * task.mask_head_stride;
+  if (!plain && task.mask_kind != kNoMask) {
+    const At at(query0, key0);
+    const int queries_left = block.queries - at.query, keys_left = block.keys - at.key;
+    const int64_t first = block.batch * task.mask_batch_stride + head * task.mask_head_stride +
+                          at.query * task.mask_row_stride + at.key * task.mask_column_stride;
     auto masked = [&](const auto* mask, const auto& function) {
       each([&](C z, int query, int key) {
-        if (query >= head.queries || key >= head.keys) return z;
+        if (query >= queries_left || key >= keys_left) return z;
         return function(z, mask[first + query * task.mask_row_stride + key * task.mask_column_stride]);
       });
     };
@@ -471,29 +494,50 @@ __device__ __forceinline__ void change_scores(Sums<Compute<T>, row_tiles, column
       masked(static_cast<const T*>(task.mask), add);
     }
   }
-  if (task.slopes) {
-    const C slope = task.slopes[head.batch * task.slopes_batch_stride + head.index];
+  if (!plain && task.slopes) {
+    const At at(query0, key0);
+    const C slope = task.slopes[block.batch * task.slopes_batch_stride + head];
+    const C distance = C(at.query + block.shift - at.key);
     each([&](C z, int query, int key) {
-      const int distance = query + head.shift - key;
-      return z - slope * C(distance < 0 ? -distance : distance);
+      const C further = distance + C(query - key);
+      return z - slope * (further < 0 ? -further : further);
     });
   }
   if (!all) {
+    const At at(query0, key0);
+    const int keys_left = block.keys - at.key, before = at.query + block.shift - at.key + task.right;
+    const unsigned window = unsigned(task.left + task.right);
     each([&](C z, int query, int key) {
-      const int position = query + head.shift;
-      return key < head.keys && key >= position - head.left && key <= position + head.right ? z : -kInfinity<C>;
+      return key < keys_left && unsigned(before + query - key) <= window ? z : -kInfinity<C>;
     });
   }
 }
 
+// The columns that any row of a warp's sees, and those that all do: ends not included. transposed: rows are keys.
+struct Seen {
+  int begin, end, all_begin, all_end;
+
+  template <bool transposed, class T>
+  static __device__ __forceinline__ Seen of(const Task<T>& task, const Block& block, int first, int last) {
+    if (first > last) return {0, 0, 0, 0};
+    if (transposed) {
+      const int before = task.right + block.shift, after = task.left - block.shift;
+      return {max(0, first - before), min(block.queries, last + after + 1), last - before, first + after + 1};
+    }
+    const int before = task.left - block.shift, after = task.right + block.shift;
+    return {max(0, first - before), min(block.keys, last + after + 1), last - before,
+            min(block.keys, first + after + 1)};
+  }
+};
+
 // Multiplies by dropout's factors what `multiply(i, j, e, factor)` is told. The four words of a counter belong to four
 // queries, which neighbouring lanes have: each lane makes one counter's words and hands on what others need.
 template <bool transposed, int row_tiles, int column_tiles, class T, class Multiply>
-__device__ __forceinline__ void drop(const Task<T>& task, const Head& head, int query0, int key0,
+__device__ __forceinline__ void drop(const Task<T>& task, const Block& block, int head, int query0, int key0,
                                      const Multiply& multiply) {
   const uint64_t seed = uint64_t(*task.seed);
-  const uint32_t line = uint32_t(head.batch * task.heads + head.index);
-  const int lane = threadIdx.x % 32;
+  const uint32_t line = uint32_t(block.batch * task.heads + head);
+  const Place<transposed> at(query0, key0);
 #pragma unroll
   for (int i = 0; i < row_tiles; ++i) {
 #pragma unroll
@@ -501,9 +545,8 @@ __device__ __forceinline__ void drop(const Task<T>& task, const Head& head, int 
       uint32_t kept = 0;  // a bit for each element
       if constexpr (transposed) {
         // Two lanes have a counter's queries, for two keys: each makes the words of one.
-        const int own = lane % 2;
-        const int key = key0 + i * 16 + own * 8 + lane_row(), query = query0 + j * 8 + lane_column();
-        uint32_t words[4] = {uint32_t(key), uint32_t(query / 4), line, 0};
+        const int own = threadIdx.x % 2;
+        uint32_t words[4] = {uint32_t(at.key + i * 16 + own * 8), uint32_t(at.query + j * 8) / 4, line, 0};
         philox(words, seed);
 #pragma unroll
         for (int column = 0; column < 2; ++column) {
@@ -514,10 +557,8 @@ __device__ __forceinline__ void drop(const Task<T>& task, const Head& head, int 
         }
       } else {
         // Four lanes have a counter's queries, for four elements: each makes the words of one.
-        const int own = lane_row() % 4;
-        const int key = key0 + j * 8 + lane_column() + own % 2;
-        const int query = query0 + i * 16 + own / 2 * 8 + lane_row();
-        uint32_t words[4] = {uint32_t(key), uint32_t(query / 4), line, 0};
+        const int own = lane_row() % 4, query = at.query + i * 16 + own / 2 * 8;
+        uint32_t words[4] = {uint32_t(at.key + j * 8 + own % 2), uint32_t(query) / 4, line, 0};
         philox(words, seed);
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
@@ -535,15 +576,20 @@ __device__ __forceinline__ void drop(const Task<T>& task, const Head& head, int 
 
 // ---- Host -----------------------------------------------------------------------------------------------------------
 
-// Calls function<T, arithmetic, bucket>().
+// Calls function<T, arithmetic, bucket, plain>().
 template <class Function>
 void dispatch_attention(const char* name, int dtype, bool allow_tf32, const AttentionShape& shape,
-                        const Function& function) {
+                        const AttentionScores& scores, const Function& function) {
   const int64_t size = std::max(shape.size, shape.value_size);
+  const bool plain = scores.mask_kind == kNoMask && !scores.slopes && scores.dropout == 0 && scores.scale > 0;
   dispatch_dtype(name, dtype, [&]<class T>() {
     auto call = [&]<Arithmetic arithmetic, int... buckets>() {
       const int bucket = attention_bucket(arithmetic, size);
-      ((bucket == buckets ? function.template operator()<T, arithmetic, buckets>() : void()), ...);
+      auto call_bucket = [&]<int one>() {
+        plain ? function.template operator()<T, arithmetic, one, true>()
+              : function.template operator()<T, arithmetic, one, false>();
+      };
+      ((bucket == buckets ? call_bucket.template operator()<buckets>() : void()), ...);
     };
     if constexpr (sizeof(T) == 2) {
       call.template operator()<Arithmetic::half, 32, 64, 128, 256>();
@@ -566,10 +612,10 @@ View<T> view_of(const Heads<Pointer>& heads) {
 
 inline void check_attention(const char* name, const AttentionShape& shape, const AttentionScores& scores) {
   require(shape.group >= 1 && shape.heads % shape.group == 0, name, "group", shape.group, "a divisor of heads");
-  for (const auto& [argument, size] : {std::pair("queries", shape.queries), std::pair("keys", shape.keys),
-                                       std::pair("longest_queries", shape.longest_queries),
-                                       std::pair("longest_keys", shape.longest_keys),
-                                       std::pair("batch", shape.batch), std::pair("heads", shape.heads)}) {
+  for (const auto& [argument, size] :
+       {std::pair("queries", shape.queries), std::pair("keys", shape.keys),
+        std::pair("longest_queries", shape.longest_queries), std::pair("longest_keys", shape.longest_keys),
+        std::pair("batch", shape.batch), std::pair("heads", shape.heads)}) {
     require(size >= 1 && size < kMostRows, name, argument, size, "1 to 2^28 - 1");
   }
   require(shape.batch * shape.heads < kMostRows, name, "batch * heads", shape.batch * shape.heads, "less than 2^28");
@@ -608,6 +654,8 @@ Task<T> task_of(const Arguments& arguments) {
   task.right = limit(scores.right);
   task.bottom_right = scores.bottom_right;
   task.scale = Compute<T>(scores.scale);
+  task.scaled = scores.mask_kind != kNoMask || scores.slopes || !(scores.scale > 0);
+  task.unit = Compute<T>(task.scaled ? kLog2E : kLog2E * scores.scale);
   task.mask_kind = scores.mask_kind;
   task.mask = scores.mask;
   task.mask_batch_stride = scores.mask_batch_stride;

@@ -97,20 +97,27 @@ constexpr int attention_bucket(Arithmetic arithmetic, int64_t size) {
   return size <= 64 ? 64 : 256;
 }
 
+// Whether there is a second kernel, for scores that nothing changes but a window: where registers then allow more
+// columns, for the usual sizes.
+constexpr bool attention_has_plain(AttentionPass pass, Arithmetic arithmetic, int bucket) {
+  return arithmetic == Arithmetic::half && (bucket == 64 || (bucket == 128 && pass != AttentionPass::query_gradient));
+}
+
 // What shared memory of 163 KiB and 255 registers a thread hold. On tensor cores a warp takes 32 rows where its sums
 // fit: each fragment of columns then serves two products, and shared memory keeps up with them. Sums of both gradients
-// of keys are twice as many: 16 rows, and beyond 128 columns one gradient a block.
-constexpr AttentionDivision attention_division(AttentionPass pass, Arithmetic arithmetic, int bucket) {
+// of keys are twice as many: 16 rows, and beyond 128 columns one gradient a block. plain: as above.
+constexpr AttentionDivision attention_division(AttentionPass pass, Arithmetic arithmetic, int bucket, bool plain) {
   const bool forward = pass == AttentionPass::output, of_keys = pass == AttentionPass::key_gradient;
   if (arithmetic == Arithmetic::half) {
-    if (bucket == 256) return {8, 1, forward ? 64 : 16, 256, 1};
-    if (bucket == 128 && of_keys) return {8, 1, 64, 128, 1};
-    if (forward) return {4, 2, 64, bucket, bucket == 128 ? 2 : 3};
-    return {4, 2, of_keys || bucket == 128 ? 32 : 64, bucket, 2};
+    if (bucket == 256) return {8, 1, forward ? 32 : 16, 256, 1};
+    if (of_keys && (bucket == 128 || !plain)) return {8, 1, plain ? 64 : 32, bucket, 1};
+    if (bucket == 128 && forward && !plain) return {8, 1, 64, 128, 1};
+    if (forward) return {4, 2, plain ? 64 : 32, bucket, 2};
+    return {4, 2, bucket == 64 && plain && !of_keys ? 64 : 32, bucket, 2};
   }
   if (arithmetic == Arithmetic::tf32) {
     if (bucket == 128) return {8, 1, forward ? 32 : 16, 128, 1};
-    return {4, 2, 32, 64, 2};
+    return {4, 2, forward ? 32 : 16, 64, 2};
   }
   if (arithmetic == Arithmetic::float32) {
     if (bucket == 256) return {4, 1, forward ? 32 : 8, 256, 1};

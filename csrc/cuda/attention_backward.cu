@@ -31,10 +31,10 @@ struct BackwardTask : Task<T> {
   Compute<T>* grad_mask;                              // [batch, heads, queries, keys] or null
   int64_t rows;
 
-  // The first query's place in logsumexp and delta.
-  __device__ __forceinline__ int64_t statistics(const Head& head) const {
-    if (!this->query_offsets) return (int64_t(head.batch) * this->heads + head.index) * rows;
-    return head.index * rows + (head.first_query / kStatisticRows + head.batch) * kStatisticRows;
+  // The place in logsumexp and delta of a head's first query.
+  __device__ __forceinline__ int64_t statistics(const Block& block, int head) const {
+    if (!this->query_offsets) return (int64_t(block.batch) * this->heads + head) * rows;
+    return head * rows + (block.first_query / kStatisticRows + block.batch) * kStatisticRows;
   }
 };
 
@@ -44,15 +44,16 @@ template <class T>
 __global__ void __launch_bounds__(kStatisticThreads) statistics_kernel(const __grid_constant__ BackwardTask<T> task) {
   using C = Compute<T>;
   constexpr int width = 16 / sizeof(T), rows = kStatisticThreads / kRowLanes;
-  const int blocks = (task.longest_queries + int(kStatisticRows) - 1) / int(kStatisticRows) * int(kStatisticRows) / rows;
+  const int blocks =
+      (task.longest_queries + int(kStatisticRows) - 1) / int(kStatisticRows) * int(kStatisticRows) / rows;
   const int head_index = blockIdx.x / blocks;
-  const Head head(task, head_index / task.heads, head_index % task.heads);
-  const int query = blockIdx.x % blocks * rows + threadIdx.x / kRowLanes, first = threadIdx.x % kRowLanes;
-  const int batch = task.query_offsets ? 0 : head.batch;
+  const Block block = block_of(task, head_index / task.heads, head_index % task.heads, blockIdx.x % blocks * rows);
+  const int query = block.row + threadIdx.x / kRowLanes, first = threadIdx.x % kRowLanes;
+  const int entry = entry_of(task, block);
   C sum = 0;
-  if (query < head.queries) {
-    const T* const output = task.output.at(batch, head.index, head.first_query + query);
-    const T* const grad = task.grad_output.at(batch, head.index, head.first_query + query);
+  if (query < block.queries) {
+    const T* const output = task.output.at(entry, block.head, block.first_query + query);
+    const T* const grad = task.grad_output.at(entry, block.head, block.first_query + query);
     if (task.output.vectors && task.grad_output.vectors && task.value_size % width == 0) {
 #pragma unroll 1
       for (int i = first * width; i < task.value_size; i += kRowLanes * width) {
@@ -67,16 +68,16 @@ __global__ void __launch_bounds__(kStatisticThreads) statistics_kernel(const __g
   }
 #pragma unroll
   for (int distance = 1; distance < kRowLanes; distance *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
-  const int filled = (head.queries + int(kStatisticRows) - 1) / int(kStatisticRows) * int(kStatisticRows);
+  const int filled = (block.queries + int(kStatisticRows) - 1) / int(kStatisticRows) * int(kStatisticRows);
   if (first != 0 || query >= filled) return;
   C logsumexp = kInfinity<C>;
-  if (query < head.queries) {
-    const int64_t from = (int64_t(batch) * task.heads + head.index) * task.queries + head.first_query + query;
+  if (query < block.queries) {
+    const int64_t from = (int64_t(entry) * task.heads + block.head) * task.queries + block.first_query + query;
     const C given = task.given_logsumexp[from];
     if (given != -kInfinity<C>) logsumexp = given;
     if (task.grad_logsumexp) sum -= task.grad_logsumexp[from];
   }
-  const int64_t to = task.statistics(head) + query;
+  const int64_t to = task.statistics(block, block.head) + query;
   task.logsumexp[to] = logsumexp;
   task.delta[to] = sum;
 }
@@ -90,95 +91,111 @@ __device__ __forceinline__ C probability(C score, C logsumexp) {
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     query_gradient_kernel(const __grid_constant__ BackwardTask<typename Traits::T> task) {
+  using T = typename Traits::T;
   using C = typename Traits::C;
   using Product = typename Traits::Product;
   using Lines = typename Traits::Lines;
   constexpr int rows = Traits::kRows, columns = Traits::kColumns, threads = Traits::kThreads;
+  using Mine = Share<Lines, threads>;
   FDL_DYN_SHARED(char, shared, Traits::kBytes);
   char *const shared_query = shared, *const shared_grad = shared + Traits::kRowBytes;
   char* const stages = shared_grad + Traits::kRowBytes;
 
-  const int part = blockIdx.x % Traits::kHalves, block_index = blockIdx.x / Traits::kHalves;
+  FDL_SHARED(Block, shared_block, [1]);
+  FDL_SHARED(Seen, shared_seen, [Traits::kDivision.warps]);
+  FDL_SHARED(C, shared_statistics, [2][rows]);  // logsumexp, delta
+  const Block& block = shared_block[0];
+
+  const int first_column = int(blockIdx.x) % Traits::kHalves * Traits::kAccumulated;
+  const int block_index = blockIdx.x / Traits::kHalves;
   const int blocks = (task.longest_queries + rows - 1) / rows, head_index = block_index / blocks;
-  const Head head(task, head_index / task.heads, head_index % task.heads);
-  const int query0 = (blocks - 1 - block_index % blocks) * rows;  // the heaviest first
-  const int first_column = part * Traits::kAccumulated;
-  if (query0 >= head.queries || (first_column >= task.size && part > 0)) return;
+  const Block mine =
+      block_of(task, head_index / task.heads, head_index % task.heads, (blocks - 1 - block_index % blocks) * rows);
+  if (mine.row >= mine.queries || (first_column > 0 && first_column >= task.size)) return;
+  const int warp = threadIdx.x / 32, warp_row = warp * Traits::kWarpRows, last = mine.queries - 1;
+  shared_seen[warp] =
+      Seen::of<false>(task, mine, mine.row + warp_row, min(mine.row + warp_row + Traits::kWarpRows - 1, last));
+  if (threadIdx.x == 0) shared_block[0] = mine;
+  __syncthreads();
 
-  const int last_query = min(query0 + rows, head.queries) - 1;
-  const int first_key = max(0, query0 + head.shift - head.left) / columns * columns;
-  const int end_key = min(head.keys, last_query + head.shift + head.right + 1);
-  const int batch = task.query_offsets ? 0 : head.batch, key_head = head.index / task.group;
-
-  const int warp_row = threadIdx.x / 32 * Traits::kWarpRows;
-  const int warp_query = query0 + warp_row, warp_last = min(warp_query + Traits::kWarpRows, head.queries) - 1;
+  const Seen& seen = shared_seen[warp];
+  const Seen block_seen = Seen::of<false>(task, mine, mine.row, min(mine.row + rows - 1, last));
+  const int first_key = block_seen.begin / columns * columns, end_key = block_seen.end;
+  const int entry = entry_of(task, mine), key_head = mine.head / task.group;
+  const int64_t key_row = mine.first_key + first_key;
+  const T* key = Mine::first(task.key.at(entry, key_head, key_row), task.key.row_stride);
+  const T* value = Mine::first(task.value.at(entry, key_head, key_row), task.value.row_stride);
   const int warp_offset = warp_row * Traits::kLineBytes;
-  C logsumexp[Traits::kRowTiles][2], delta[Traits::kRowTiles][2];
-#pragma unroll
-  for (int i = 0; i < Traits::kRowTiles; ++i) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int query = warp_query + i * 16 + half * 8 + lane_row();
-      const int64_t at = task.statistics(head) + query;
-      logsumexp[i][half] = query < head.queries ? task.logsumexp[at] : kInfinity<C>;
-      delta[i][half] = query < head.queries ? task.delta[at] : C(0);
-    }
+  for (int i = threadIdx.x; i < rows; i += threads) {
+    const int64_t at = task.statistics(mine, mine.head) + mine.row + i;
+    shared_statistics[0][i] = mine.row + i < mine.queries ? task.logsumexp[at] : kInfinity<C>;
+    shared_statistics[1][i] = mine.row + i < mine.queries ? task.delta[at] : C(0);
   }
   typename Traits::OutputSums sums = {};
 
   auto copy_stage = [&](int key0, int stage) {
     char* const to = stages + stage * Traits::kStageBytes;
-    copy_rows<Lines, columns, threads>(to, task.key.at(batch, key_head, head.first_key + key0), task.key.row_stride,
-                                       task.key.vectors, head.keys - key0, task.size);
-    copy_rows<Lines, columns, threads>(to + Traits::kColumnBytes,
-                                       task.value.at(batch, key_head, head.first_key + key0), task.value.row_stride,
-                                       task.value.vectors, head.keys - key0, task.value_size);
+    copy_rows<Lines, columns, threads>(to, key, task.key, block.keys - key0, task.size);
+    copy_rows<Lines, columns, threads>(to + Traits::kColumnBytes, value, task.value, block.keys - key0,
+                                       task.value_size);
     ptx::cp_async_commit();
+    key += columns * task.key.row_stride;
+    value += columns * task.value.row_stride;
   };
   if (first_key < end_key) {
-    const int64_t row = head.first_query + query0;
-    copy_rows<Lines, rows, threads>(shared_query, task.query.at(batch, head.index, row), task.query.row_stride,
-                                    task.query.vectors, head.queries - query0, task.size);
-    copy_rows<Lines, rows, threads>(shared_grad, task.grad_output.at(batch, head.index, row),
-                                    task.grad_output.row_stride, task.grad_output.vectors, head.queries - query0,
-                                    task.value_size);
+    const int64_t row = mine.first_query + mine.row;
+    const T* const query = task.query.at(entry, mine.head, row);
+    const T* const grad = task.grad_output.at(entry, mine.head, row);
+    copy_rows<Lines, rows, threads>(shared_query, Mine::first(query, task.query.row_stride), task.query,
+                                    mine.queries - mine.row, task.size);
+    copy_rows<Lines, rows, threads>(shared_grad, Mine::first(grad, task.grad_output.row_stride), task.grad_output,
+                                    mine.queries - mine.row, task.value_size);
     copy_stage(first_key, 0);
   }
+  const C *const logsumexp = shared_statistics[0] + warp_row + lane_row(), *const delta = logsumexp + rows;
   int stage = 0;
 #pragma unroll 1
   for (int key0 = first_key; key0 < end_key; key0 += columns, stage ^= 1) {
     ptx::cp_async_wait<0>();
     __syncthreads();  // this stage is there, the other has been read
     if (key0 + columns < end_key) copy_stage(key0 + columns, stage ^ 1);
-    const int last_key = key0 + columns - 1;
-    if (!head.sees(warp_query, warp_last, key0, last_key)) continue;
-    const char *const key = stages + stage * Traits::kStageBytes, *const value = key + Traits::kColumnBytes;
+    if (key0 >= seen.end || key0 + columns <= seen.begin) continue;
+    const char *const keys = stages + stage * Traits::kStageBytes, *const values = keys + Traits::kColumnBytes;
 
     typename Traits::ScoreSums p = {}, ds = {};
-    Product::multiply(p, shared_query + warp_offset, key, task.size);
-    Product::multiply(ds, shared_grad + warp_offset, value, task.value_size);
-    change_scores<false>(p, task, head, warp_query, key0, true, head.sees_all(warp_query, warp_last, key0, last_key));
-    if (task.seed) {
+    Product::multiply(p, shared_query + warp_offset, keys, task.size);
+    const int query0 = block.row + warp_row;
+    change_scores<false, Traits::kPlain>(p, task, block, block.head, query0, key0, true,
+                                         key0 >= seen.all_begin && key0 + columns <= seen.all_end);
+    for_each<Traits::kRowTiles, Traits::kColumnTiles>(
+        [&](int i, int j, int e) { p[i][j][e] = probability(p[i][j][e], logsumexp[i * 16 + e / 2 * 8]); });
+    Product::multiply(ds, shared_grad + warp_offset, values, task.value_size);
+    if (!Traits::kPlain && task.seed) {
       drop<false, Traits::kRowTiles, Traits::kColumnTiles>(
-          task, head, warp_query, key0, [&](int i, int j, int e, C factor) { ds[i][j][e] *= factor; });
+          task, block, block.head, query0, key0, [&](int i, int j, int e, C factor) { ds[i][j][e] *= factor; });
     }
-    for_each<Traits::kRowTiles, Traits::kColumnTiles>([&](int i, int j, int e) {
-      ds[i][j][e] = probability(p[i][j][e], logsumexp[i][e / 2]) * (ds[i][j][e] - delta[i][e / 2]);
-    });
-    if (task.grad_mask && part == 0) {
-      C* const to = task.grad_mask + (int64_t(head.batch) * task.heads + head.index) * task.queries * task.keys;
+    for_each<Traits::kRowTiles, Traits::kColumnTiles>(
+        [&](int i, int j, int e) { ds[i][j][e] = p[i][j][e] * (ds[i][j][e] - delta[i * 16 + e / 2 * 8]); });
+    if (!Traits::kPlain && task.grad_mask && first_column == 0) {
+      using At = Place<false>;
+      const At at(query0, key0);
+      const int64_t row = (int64_t(block.batch) * task.heads + block.head) * task.queries + at.query;
+      C* const to = task.grad_mask + row * task.keys + at.key;
       for_each<Traits::kRowTiles, Traits::kColumnTiles>([&](int i, int j, int e) {
-        const Element<false> at(warp_query, key0, i, j, e);
-        if (at.query < head.queries && at.key < head.keys) to[int64_t(at.query) * task.keys + at.key] = ds[i][j][e];
+        const int more = At::queries(i, j, e), after = At::keys(i, j, e);
+        if (more < block.queries - at.query && after < block.keys - at.key) {
+          to[int64_t(more) * task.keys + after] = ds[i][j][e];
+        }
       });
     }
-    Product::multiply_rows(sums, ds, key + part * Traits::kAccumulatedBytes, task.size - first_column,
+    Product::multiply_rows(sums, ds, keys + first_column * int(sizeof(T)), task.size - first_column,
                            Traits::staging(shared));
   }
   if (!task.grad_query.data) return;
-  store_rows<Traits>(task.grad_query.at(batch, head.index, head.first_query + warp_query), task.grad_query.row_stride,
-                     task.grad_query.vectors, shared_query + warp_offset, warp_last - warp_query + 1, task.size,
-                     first_column, sums, [&](int, int) { return task.scale; });
+  const int query0 = block.row + warp_row;
+  store_rows<Traits>(task.grad_query.at(entry_of(task, block), block.head, block.first_query + query0), task.grad_query,
+                     shared_query + warp_offset, block.queries - query0, task.size, first_column, sums,
+                     [&](int, int) { return task.scale; });
 }
 
 // A block has kRows keys of a head of keys, and goes over the queries of all heads that share it. It makes both
@@ -186,117 +203,129 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     key_gradient_kernel(const __grid_constant__ BackwardTask<typename Traits::T> task) {
+  using T = typename Traits::T;
   using C = typename Traits::C;
   using Product = typename Traits::Product;
   using Lines = typename Traits::Lines;
   constexpr int rows = Traits::kRows, columns = Traits::kColumns, threads = Traits::kThreads;
+  using Mine = Share<Lines, threads>;
   FDL_DYN_SHARED(char, shared, Traits::kBytes);
   char *const shared_key = shared, *const shared_value = shared + Traits::kRowBytes;
   char* const stages = shared_value + Traits::kRowBytes;
 
+  FDL_SHARED(Block, shared_block, [1]);
+  FDL_SHARED(Seen, shared_seen, [Traits::kDivision.warps + 1]);  // by warps, and by the block
+  const Block& block = shared_block[0];
+
   const int part = blockIdx.x % Traits::kParts, block_index = blockIdx.x / Traits::kParts;
   const int first_column = part % Traits::kHalves * Traits::kAccumulated;
-  const int first_byte = part % Traits::kHalves * Traits::kAccumulatedBytes;
-  const bool of_value = (Traits::kBoth || part < Traits::kHalves) && task.grad_value.data &&
-                        first_column < task.value_size;
+  const bool of_value =
+      (Traits::kBoth || part < Traits::kHalves) && task.grad_value.data && first_column < task.value_size;
   const bool of_key = (Traits::kBoth || part >= Traits::kHalves) && task.grad_key.data && first_column < task.size;
   const int blocks = (task.longest_keys + rows - 1) / rows, head_index = block_index / blocks;
-  const int key_heads = task.heads / task.group, key_head = head_index % key_heads;
-  Head head(task, head_index / key_heads, key_head * task.group);
-  const int key0 = block_index % blocks * rows;
-  if (key0 >= head.keys || !(of_value || of_key)) return;
+  const int key_heads = task.heads / task.group;
+  const Block mine = block_of(task, head_index / key_heads, head_index % key_heads, block_index % blocks * rows);
+  if (mine.row >= mine.keys || !(of_value || of_key)) return;
+  const int warp = threadIdx.x / 32, warp_row = warp * Traits::kWarpRows, last = mine.keys - 1;
+  shared_seen[warp] =
+      Seen::of<true>(task, mine, mine.row + warp_row, min(mine.row + warp_row + Traits::kWarpRows - 1, last));
+  if (threadIdx.x == 0) {
+    shared_block[0] = mine;
+    shared_seen[Traits::kDivision.warps] = Seen::of<true>(task, mine, mine.row, min(mine.row + rows - 1, last));
+  }
+  __syncthreads();
 
-  const int last_key = min(key0 + rows, head.keys) - 1;
-  const int first_query = max(0, key0 - head.right - head.shift) / columns * columns;
-  const int end_query = min(head.queries, last_key + head.left - head.shift + 1);
-  // Of one head of queries, then of the next.
-  const int steps = end_query > first_query ? (end_query - first_query + columns - 1) / columns : 0;
-  const int batch = task.query_offsets ? 0 : head.batch;
-
-  const int warp_row = threadIdx.x / 32 * Traits::kWarpRows;
-  const int warp_key = key0 + warp_row, warp_last = min(warp_key + Traits::kWarpRows, head.keys) - 1;
+  const Seen &seen = shared_seen[warp], &block_seen = shared_seen[Traits::kDivision.warps];
   const int warp_offset = warp_row * Traits::kLineBytes;
   typename Traits::OutputSums sums[Traits::kBoth ? 2 : 1] = {};  // of value, of key
 
-  auto copy_stage = [&](int step, int stage) {
+  auto copy_stage = [&](int head, int query0, int stage) {
     char* const to = stages + stage * Traits::kStageBytes;
-    const int query0 = first_query + step % steps * columns;
-    const Head of(task, head.batch, key_head * task.group + step / steps);
-    const int64_t row = of.first_query + query0;
-    copy_rows<Lines, columns, threads>(to, task.query.at(batch, of.index, row), task.query.row_stride,
-                                       task.query.vectors, of.queries - query0, task.size);
-    copy_rows<Lines, columns, threads>(to + Traits::kColumnBytes, task.grad_output.at(batch, of.index, row),
-                                       task.grad_output.row_stride, task.grad_output.vectors, of.queries - query0,
-                                       task.value_size);
+    const int entry = entry_of(task, block);
+    const int64_t row = block.first_query + query0;
+    copy_rows<Lines, columns, threads>(to, Mine::first(task.query.at(entry, head, row), task.query.row_stride),
+                                       task.query, block.queries - query0, task.size);
+    copy_rows<Lines, columns, threads>(to + Traits::kColumnBytes,
+                                       Mine::first(task.grad_output.at(entry, head, row), task.grad_output.row_stride),
+                                       task.grad_output, block.queries - query0, task.value_size);
     constexpr int chunks = Traits::kStatisticBytes / 16, width = 16 / int(sizeof(C));
     if (int(threadIdx.x) < chunks * 2) {
       const C* const from = int(threadIdx.x) < chunks ? task.logsumexp : task.delta;
       ptx::cp_async16(to + Traits::kColumnBytes * 2 + threadIdx.x * 16,
-                      from + task.statistics(of) + query0 + threadIdx.x % chunks * width, 16);
+                      from + task.statistics(block, head) + query0 + threadIdx.x % chunks * width, 16);
     }
     ptx::cp_async_commit();
   };
-  if (steps > 0) {
-    copy_rows<Lines, rows, threads>(shared_key, task.key.at(batch, key_head, head.first_key + key0),
-                                    task.key.row_stride, task.key.vectors, head.keys - key0, task.size);
-    copy_rows<Lines, rows, threads>(shared_value, task.value.at(batch, key_head, head.first_key + key0),
-                                    task.value.row_stride, task.value.vectors, head.keys - key0, task.value_size);
-    copy_stage(0, 0);
+  // Over one head of queries after the other.
+  auto first_query = [&] { return block_seen.begin / columns * columns; };
+  int head = mine.head * task.group, query0 = first_query(), stage = 0;
+  const int end_head = query0 < block_seen.end ? head + task.group : head;
+  if (head < end_head) {
+    const int entry = entry_of(task, mine);
+    const int64_t row = mine.first_key + mine.row;
+    const T* const key = task.key.at(entry, mine.head, row);
+    const T* const value = task.value.at(entry, mine.head, row);
+    copy_rows<Lines, rows, threads>(shared_key, Mine::first(key, task.key.row_stride), task.key, mine.keys - mine.row,
+                                    task.size);
+    copy_rows<Lines, rows, threads>(shared_value, Mine::first(value, task.value.row_stride), task.value,
+                                    mine.keys - mine.row, task.value_size);
+    copy_stage(head, query0, 0);
   }
 #pragma unroll 1
-  for (int step = 0; step < steps * task.group; ++step) {
+  while (head < end_head) {
+    const int this_head = head, this_query = query0, this_stage = stage;
+    stage ^= 1;
+    query0 += columns;
+    if (query0 >= block_seen.end) query0 = first_query(), ++head;
     ptx::cp_async_wait<0>();
     __syncthreads();  // this stage is there, the other has been read
-    if (step + 1 < steps * task.group) copy_stage(step + 1, (step + 1) % 2);
-    const int query0 = first_query + step % steps * columns, last_query = min(query0 + columns, head.queries) - 1;
-    if (!head.sees(query0, last_query, warp_key, warp_last)) continue;
-    head.index = key_head * task.group + step / steps;
-    const char* const query = stages + step % 2 * Traits::kStageBytes;
-    const char* const grad = query + Traits::kColumnBytes;
-    const C* const logsumexp = reinterpret_cast<const C*>(grad + Traits::kColumnBytes);
+    if (head < end_head) copy_stage(head, query0, stage);
+    if (this_query >= seen.end || this_query + columns <= seen.begin) continue;
+    const char* const queries = stages + this_stage * Traits::kStageBytes;
+    const char* const grads = queries + Traits::kColumnBytes;
+    const C* const logsumexp = reinterpret_cast<const C*>(grads + Traits::kColumnBytes) + lane_column();
     const C* const delta = logsumexp + columns;
 
     typename Traits::ScoreSums p = {};
-    Product::multiply(p, shared_key + warp_offset, query, task.size);
-    change_scores<true>(p, task, head, query0, warp_key, true,
-                        head.sees_all(query0, last_query, warp_key, warp_last));
-    for_each<Traits::kRowTiles, Traits::kColumnTiles>([&](int i, int j, int e) {
-      p[i][j][e] = probability(p[i][j][e], logsumexp[j * 8 + lane_column() + e % 2]);
-    });
+    Product::multiply(p, shared_key + warp_offset, queries, task.size);
+    const int key0 = block.row + warp_row;
+    change_scores<true, Traits::kPlain>(p, task, block, this_head, this_query, key0, true,
+                                        this_query >= seen.all_begin && this_query + columns <= seen.all_end);
+    for_each<Traits::kRowTiles, Traits::kColumnTiles>(
+        [&](int i, int j, int e) { p[i][j][e] = probability(p[i][j][e], logsumexp[j * 8 + e % 2]); });
     typename Traits::ScoreSums factors;
-    if (task.seed) {
+    if (!Traits::kPlain && task.seed) {
       drop<true, Traits::kRowTiles, Traits::kColumnTiles>(
-          task, head, query0, warp_key, [&](int i, int j, int e, C factor) { factors[i][j][e] = factor; });
+          task, block, this_head, this_query, key0, [&](int i, int j, int e, C factor) { factors[i][j][e] = factor; });
     }
+    const bool drops = !Traits::kPlain && task.seed;
     if (of_value) {
       typename Traits::ScoreSums left;
       for_each<Traits::kRowTiles, Traits::kColumnTiles>(
-          [&](int i, int j, int e) { left[i][j][e] = task.seed ? p[i][j][e] * factors[i][j][e] : p[i][j][e]; });
-      Product::multiply_rows(sums[0], left, grad + first_byte, task.value_size - first_column,
+          [&](int i, int j, int e) { left[i][j][e] = drops ? p[i][j][e] * factors[i][j][e] : p[i][j][e]; });
+      Product::multiply_rows(sums[0], left, grads + first_column * int(sizeof(T)), task.value_size - first_column,
                              Traits::staging(shared));
     }
     if (of_key) {
       typename Traits::ScoreSums ds = {};
-      Product::multiply(ds, shared_value + warp_offset, grad, task.value_size);
+      Product::multiply(ds, shared_value + warp_offset, grads, task.value_size);
       for_each<Traits::kRowTiles, Traits::kColumnTiles>([&](int i, int j, int e) {
-        if (task.seed) ds[i][j][e] *= factors[i][j][e];
-        ds[i][j][e] = p[i][j][e] * (ds[i][j][e] - delta[j * 8 + lane_column() + e % 2]);
+        if (drops) ds[i][j][e] *= factors[i][j][e];
+        ds[i][j][e] = p[i][j][e] * (ds[i][j][e] - delta[j * 8 + e % 2]);
       });
-      Product::multiply_rows(sums[Traits::kBoth], ds, query + first_byte, task.size - first_column,
+      Product::multiply_rows(sums[Traits::kBoth], ds, queries + first_column * int(sizeof(T)), task.size - first_column,
                              Traits::staging(shared));
     }
   }
-  const int64_t row = head.first_key + warp_key;
-  const int count = warp_last - warp_key + 1;
+  const int entry = entry_of(task, block), key0 = block.row + warp_row, count = block.keys - key0;
+  const int64_t row = block.first_key + key0;
   if (of_value) {
-    store_rows<Traits>(task.grad_value.at(batch, key_head, row), task.grad_value.row_stride, task.grad_value.vectors,
-                       shared_value + warp_offset, count, task.value_size, first_column, sums[0],
-                       [](int, int) { return C(1); });
+    store_rows<Traits>(task.grad_value.at(entry, block.head, row), task.grad_value, shared_value + warp_offset, count,
+                       task.value_size, first_column, sums[0], [](int, int) { return C(1); });
   }
   if (of_key) {
-    store_rows<Traits>(task.grad_key.at(batch, key_head, row), task.grad_key.row_stride, task.grad_key.vectors,
-                       shared_key + warp_offset, count, task.size, first_column, sums[Traits::kBoth],
-                       [&](int, int) { return task.scale; });
+    store_rows<Traits>(task.grad_key.at(entry, block.head, row), task.grad_key, shared_key + warp_offset, count,
+                       task.size, first_column, sums[Traits::kBoth], [&](int, int) { return task.scale; });
   }
 }
 
@@ -314,7 +343,8 @@ void attention_backward(const AttentionBackwardArguments& arguments) {
   require(arguments.workspace && aligned(16, arguments.workspace), name, "workspace", arguments.workspace,
           "16-byte aligned");
   dispatch_attention(
-      name, arguments.dtype, arguments.allow_tf32, shape, [&]<class T, Arithmetic arithmetic, int bucket>() {
+      name, arguments.dtype, arguments.allow_tf32, shape, arguments.scores,
+      [&]<class T, Arithmetic arithmetic, int bucket, bool plain>() {
         using C = Compute<T>;
         const int64_t rows = statistic_rows(shape);
         C* const logsumexp = static_cast<C*>(arguments.workspace);
@@ -336,13 +366,13 @@ void attention_backward(const AttentionBackwardArguments& arguments) {
                grid_of(name, heads, filled / (kStatisticThreads / kRowLanes), kStatisticThreads, 0, arguments.stream),
                task);
         if (arguments.grad_query.data || arguments.grad_mask) {
-          using Kernel = Traits<T, arithmetic, bucket, Pass::query_gradient>;
+          using Kernel = TraitsOf<T, arithmetic, bucket, plain, Pass::query_gradient>;
           const int64_t blocks = ceil_div<int64_t>(shape.longest_queries, Kernel::kRows) * Kernel::kHalves;
           launch(query_gradient_kernel<Kernel>,
                  grid_of(name, heads, blocks, Kernel::kThreads, Kernel::kBytes, arguments.stream), task);
         }
         if (arguments.grad_key.data || arguments.grad_value.data) {
-          using Kernel = Traits<T, arithmetic, bucket, Pass::key_gradient>;
+          using Kernel = TraitsOf<T, arithmetic, bucket, plain, Pass::key_gradient>;
           const int64_t blocks = ceil_div<int64_t>(shape.longest_keys, Kernel::kRows) * Kernel::kParts;
           launch(key_gradient_kernel<Kernel>,
                  grid_of(name, key_heads, blocks, Kernel::kThreads, Kernel::kBytes, arguments.stream), task);

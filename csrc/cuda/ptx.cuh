@@ -71,6 +71,20 @@ __device__ __forceinline__ uint32_t to_tf32(float value) {
   return result;
 }
 
+// 2^x to 2 units in the last place; 0 below 2^-126.
+__device__ __forceinline__ float exp2(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(result) : "f"(x));
+  return result;
+}
+
+// The same value, of which the compiler knows nothing: else it keeps what follows from it in registers, all through a
+// loop of which few passes need it.
+__device__ __forceinline__ int anew(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
 // Counts an arrival: shows what this thread, and by a barrier before its block, has written to whoever sees the count.
 __device__ __forceinline__ void arrive(unsigned* counter) {
   asm volatile("red.release.gpu.global.add.u32 [%0], 1;\n" ::"l"(__cvta_generic_to_global(counter)) : "memory");
@@ -113,6 +127,13 @@ inline void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], E
 }
 
 inline uint32_t to_tf32(float value) { return (__float_as_uint(value) + 0x1000u) & ~0x1fffu; }
+
+inline float exp2(float x) {
+  const float result = exp2f(x);
+  return result < 0x1p-126f ? 0 : result;
+}
+
+inline int anew(int value) { return value; }
 
 inline void arrive(unsigned* counter) {
   emu::yield();

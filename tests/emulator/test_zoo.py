@@ -19,6 +19,7 @@ REPORTS = {"asan": r"ERROR: AddressSanitizer|runtime error:", "tsan": r"WARNING:
 
 RIGHT = ["syncwarp", "shared memory", "shared index", "shared dimension", "dynamic shared index", "ldmatrix address"]
 RIGHT += ["last block", "grid barrier", "histogram", "early exit", "votes", "mbarrier, bar.arrive", "tf32 rounding"]
+RIGHT += ["exp2, anew"]
 RIGHT += ["mma bf16", "mma f16", "mma tf32", "mma bf16 reals", "mma f16 reals", "mma tf32 reals", "cp.async"]
 RIGHT += ["shuffles, votes", "arrivals", "ldmatrix x1", "ldmatrix x2", "ldmatrix x4"]
 RIGHT += ["ldmatrix x1.trans", "ldmatrix x2.trans", "ldmatrix x4.trans"]

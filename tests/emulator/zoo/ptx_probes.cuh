@@ -280,6 +280,35 @@ inline double arrivals_case() {
   return wrong * 10.;
 }
 
+// ---- Values ---------------------------------------------------------------------------------------------------------
+
+static __global__ void exp2_kernel(const float* in, float* out, int* same, int count) {
+  for (int i = threadIdx.x; i < count; i += blockDim.x) {
+    out[i] = ptx::exp2(in[i]);
+    same[i] = ptx::anew(i);
+  }
+}
+
+inline double exp2_case() {
+  constexpr int count = 4096;
+  Pinned<float> in(count), out(count);
+  Pinned<int> same(count);
+  std::mt19937 generator(4);
+  for (int i = 0; i < count; ++i) in[i] = std::uniform_real_distribution<float>(-160, 130)(generator);
+  const float special[] = {0, -INFINITY, INFINITY, NAN, -126, 127};
+  for (int i = 0; i < 6; ++i) in[i] = special[i];
+  run_probe(exp2_kernel, 1, 64, in.data, out.data, same.data, count);
+  double worst = 0;
+  for (int i = 0; i < count; ++i) {
+    const double exact = std::exp2(double(in[i])), got = out[i];
+    if (same[i] != i) return 10;
+    if (std::isnan(exact) != std::isnan(got)) return 10;
+    if (std::isnan(exact) || (exact > 3.4e38 && std::isinf(got)) || (exact < 0x1.00001p-126 && got == 0)) continue;
+    worst = std::max(worst, std::fabs(got / exact - 1) * 0x1p22);  // 2 units in the last place
+  }
+  return worst;
+}
+
 inline const Case ptx_cases[] = {
     {"mma bf16", mma_case<bfloat16, true>},
     {"mma f16", mma_case<float16, true>},
@@ -288,6 +317,7 @@ inline const Case ptx_cases[] = {
     {"mma f16 reals", mma_case<float16, false>},
     {"mma tf32 reals", mma_case<float, false>},
     {"tf32 rounding", tf32_rounding_case},
+    {"exp2, anew", exp2_case},
     {"ldmatrix x1", ldmatrix_case<1, false>},
     {"ldmatrix x2", ldmatrix_case<2, false>},
     {"ldmatrix x4", ldmatrix_case<4, false>},
