@@ -372,7 +372,9 @@ __device__ __forceinline__ void copy_rows(char* to, const T* source, const View<
   using Mine = Share<Lines, threads>;
   constexpr int width = Lines::kWidth;
   const int first_line = threadIdx.x / Mine::kAcross, first_chunk = threadIdx.x % Mine::kAcross;
+  static_assert(lines % Mine::kStep == 0 || Mine::kStep % lines == 0);
   if (view.vectors) {
+    if (Mine::kStep > lines && first_line >= lines) return;  // more threads than chunks
 #pragma unroll
     for (int more = 0; more < Mine::kChunks; more += Mine::kAcross) {
       const int chunk = first_chunk + more;
