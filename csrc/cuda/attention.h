@@ -113,11 +113,11 @@ constexpr AttentionDivision attention_division(AttentionPass pass, Arithmetic ar
     if (of_keys && (bucket == 128 || !plain)) return {8, 1, plain ? 64 : 32, bucket, 1};
     if (bucket == 128 && forward && !plain) return {8, 1, 64, 128, 1};
     if (forward) return {4, 2, plain ? 64 : 32, bucket, 2};
-    return {4, 2, bucket == 64 && plain && !of_keys ? 64 : 32, bucket, 2};
+    return {4, 2, bucket == 64 && plain && !of_keys ? 64 : 32, bucket, bucket == 128 ? 1 : 2};
   }
   if (arithmetic == Arithmetic::tf32) {
     if (bucket == 128) return {8, 1, forward ? 32 : 16, 128, 1};
-    return {4, 2, forward ? 32 : 16, 64, 2};
+    return {4, 2, forward ? 32 : 16, 64, forward ? 2 : 1};
   }
   if (arithmetic == Arithmetic::float32) {
     if (bucket == 256) return {4, 1, forward ? 32 : 8, 256, 1};

@@ -1,8 +1,7 @@
 // Attention of fastdl._C.cuda.
-#include "attention.h"
-
 #include <array>
 
+#include "attention.h"
 #include "bindings.h"
 
 namespace fastdl {
@@ -43,20 +42,13 @@ void bind_cuda_attention(py::module_& module) {
       .def(py::init([](double scale, int64_t left, int64_t right, bool bottom_right, int mask_kind, Address mask,
                        const std::array<int64_t, 4>& mask_strides, Address slopes, int64_t slopes_batch_stride,
                        double dropout, Address seed) {
-             return cuda::AttentionScores{scale,
-                                          left,
-                                          right,
-                                          bottom_right,
-                                          mask_kind,
-                                          pointer(mask),
-                                          mask_strides[0],
-                                          mask_strides[1],
-                                          mask_strides[2],
-                                          mask_strides[3],
-                                          pointer(slopes),
-                                          slopes_batch_stride,
-                                          dropout,
-                                          static_cast<const int64_t*>(pointer(seed))};
+             return cuda::AttentionScores{scale,           left,
+                                          right,           bottom_right,
+                                          mask_kind,       pointer(mask),
+                                          mask_strides[0], mask_strides[1],
+                                          mask_strides[2], mask_strides[3],
+                                          pointer(slopes), slopes_batch_stride,
+                                          dropout,         static_cast<const int64_t*>(pointer(seed))};
            }),
            py::arg("scale"), py::arg("left"), py::arg("right"), py::arg("bottom_right"), py::arg("mask_kind"),
            py::arg("mask"), py::arg("mask_strides"), py::arg("slopes"), py::arg("slopes_batch_stride"),
@@ -81,12 +73,11 @@ void bind_cuda_attention(py::module_& module) {
          const Place& query, const Place& key, const Place& value, const Place& output, Address logsumexp,
          Address grad_logsumexp, const Place& grad_query, const Place& grad_key, const Place& grad_value,
          Address grad_mask, bool allow_tf32, Address workspace, Address context) {
-        cuda::attention_backward({dtype, shape, scores, heads_of<const void*>(grad_output),
-                                  heads_of<const void*>(query), heads_of<const void*>(key),
-                                  heads_of<const void*>(value), heads_of<const void*>(output), pointer(logsumexp),
-                                  pointer(grad_logsumexp), heads_of<void*>(grad_query), heads_of<void*>(grad_key),
-                                  heads_of<void*>(grad_value), pointer(grad_mask), allow_tf32, pointer(workspace),
-                                  stream(context)});
+        cuda::attention_backward(
+            {dtype, shape, scores, heads_of<const void*>(grad_output), heads_of<const void*>(query),
+             heads_of<const void*>(key), heads_of<const void*>(value), heads_of<const void*>(output),
+             pointer(logsumexp), pointer(grad_logsumexp), heads_of<void*>(grad_query), heads_of<void*>(grad_key),
+             heads_of<void*>(grad_value), pointer(grad_mask), allow_tf32, pointer(workspace), stream(context)});
       },
       released(), py::arg("dtype"), py::arg("shape"), py::arg("scores"), py::arg("grad_output"), py::arg("query"),
       py::arg("key"), py::arg("value"), py::arg("output"), py::arg("logsumexp"), py::arg("grad_logsumexp"),

@@ -726,9 +726,7 @@ def _attention_backward_cuda(
     if 0 in (query.numel(), key.numel(), value.numel()):
         saved = query, key, value, *tensors, output, logsumexp
         return _laid_out_backward(grad_output, grad_logsumexp, *saved, *options, needs)
-    gradients = [
-        empty_gradient(t) if need else None for t, need in zip((query, key, value), needs, strict=False)
-    ]
+    gradients = [empty_gradient(t) if need else None for t, need in zip((query, key, value), needs, strict=False)]
     scores_gradient = None
     if needs[3]:  # the whole of it, before the sum over what the mask is broadcast over; 0 where nothing is seen
         shape = *query.shape[:3], key.shape[2]

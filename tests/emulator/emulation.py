@@ -150,8 +150,10 @@ def _link(name: str, mode: str, sources: dict[Path, list[str]], flags: list[str]
 def zoo(mode: str = "plain") -> Path:
     """The executable of test kernels."""
     sources = {source: [] for source in [HERE / "zoo" / "main.cpp", *_zoo_kernels()]}
-    for name, header in (("hopper", "matmul_sm90.cuh"), ("conv", "conv.cuh"), ("rnn", "rnn.cuh")):
-        sources[HERE / "zoo" / f"{name}.cu"] = [f"-I{_planted(header).relative_to(ROOT)}"]
+    planted = (("hopper", "matmul_sm90.cuh"), ("conv", "conv.cuh"), ("rnn", "rnn.cuh"))
+    planted += (("attention", "attention.cu"), ("attention", "attention_backward.cu"))
+    for name, source in planted:
+        sources[HERE / "zoo" / f"{name}.cu"].append(f"-I{_planted(source).relative_to(ROOT)}")
     return _link("zoo", mode, sources, [])
 
 
@@ -161,7 +163,7 @@ def confirm(mode: str = "plain") -> Path:
 
 
 def _planted(header: str) -> Path:
-    """The folder of planted_{header}: a kernel's header with bugs to choose from."""
+    """The folder of planted_{header}: a kernel's source with bugs to choose from."""
     text = plant.plant((KERNELS / header).read_text(), plant.BUGS[header])
     folder = CACHE / "planted" / hashlib.sha256(text.encode()).hexdigest()[:20]
     target = folder / f"planted_{header}"

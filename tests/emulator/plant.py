@@ -105,7 +105,31 @@ RNN: dict[str, list[tuple[str, int, str]]] = {
     "no wait for the weights": [("ptx::cp_async_wait<0>();", 0, "")],
     "a row ends a step late": [("row >= step.next_count", 0, "row > step.next_count")],
 }
-BUGS = {"matmul_sm90.cuh": HOPPER, "conv.cuh": CONV, "rnn.cuh": RNN}
+WAIT, BARRIER_ALL = "ptx::cp_async_wait<0>();", "__syncthreads();"
+ATTENTION: dict[str, list[tuple[str, int, str]]] = {
+    "keys not waited for": [(WAIT, 0, "")],
+    "values not waited for": [(WAIT, 1, "")],
+    "no barrier before keys are read": [(BARRIER_ALL, 1, "")],
+    "no barrier before values are read": [(BARRIER_ALL, 2, "")],
+    "edge not masked": [("key0 >= seen.all_begin && key0 + columns <= seen.all_end", 0, "true")],
+    "sums not corrected": [("sums[i][j][half * 2] *= correction;", 0, "")],
+}
+ATTENTION_BACKWARD: dict[str, list[tuple[str, int, str]]] = {
+    "keys' stage not waited for": [(WAIT, 0, "")],
+    "queries' stage not waited for": [(WAIT, 1, "")],
+    "no barrier before keys' stage is read": [(BARRIER_ALL, 1, "")],
+    "no barrier before queries' stage is read": [(BARRIER_ALL, 3, "")],
+    "statistics of no query missing": [("query >= filled", 0, "query >= block.queries")],
+    "one head of the group": [("head + task.group : head", 0, "head + 1 : head")],
+    "one stage": [("stage ^= 1;", 0, "")],
+}
+BUGS = {
+    "matmul_sm90.cuh": HOPPER,
+    "conv.cuh": CONV,
+    "rnn.cuh": RNN,
+    "attention.cu": ATTENTION,
+    "attention_backward.cu": ATTENTION_BACKWARD,
+}
 
 
 def plant(source: str, bugs: dict[str, list[tuple[str, int, str]]]) -> str:

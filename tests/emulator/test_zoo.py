@@ -34,6 +34,7 @@ RIGHT += [f"wgmma {form}" for form in ("bf16 n64 ss", "bf16 n128 ss", "bf16 n256
 RIGHT += [f"wgmma {form}" for form in ("f16 n128 rs", "bf16 n128 mn-major", "f16 n256 mn-major")]
 RIGHT += [f"conv {name}" for name in ("image", "image, wide window", "weight", "weight, odd channels")]
 RIGHT += [f"recurrence {name}" for name in ("bf16", "float32", "float32, by steps", "of many rows", "gradient")]
+RIGHT += [f"attention {name}" for name in ("bf16", "float32", "gradient bf16", "gradient float32")]
 # Kernels that are wrong as they stand.
 WRONG = ["divergent barrier", "divergent shuffle", "mask of absent lanes", "race between blocks", "race within a block"]
 WRONG += ["misaligned vector", "integer overflow", "exit with copies in flight"]
@@ -44,6 +45,7 @@ MATMUL, STATISTICS = "matmul 65x63x96", "batch statistics 4x3x49"
 NARROW, WIDE, CLUSTER = "hopper narrow tiles", "hopper wide tiles", "cluster, dsmem, multicast"
 IMAGE, WEIGHT = "conv image, wide window", "conv weight"
 LAYER, GRADIENT = "recurrence bf16", "recurrence gradient"
+ATTENTION, ATTENTION_GRADIENT = "attention bf16", "attention gradient bf16"
 ALWAYS = [*ORDERS, *RANDOM]
 BUGS = {
     ("divergent barrier", "none"): ("error", ALWAYS, None),
@@ -130,6 +132,19 @@ BUGS = {
     ("recurrence float32", "exchange read too early"): ("numbers", ALWAYS, "tsan"),
     (LAYER, "no wait for the weights"): ("error", LATE, None),
     (LAYER, "a row ends a step late"): ("numbers", ALWAYS, None),
+    (ATTENTION, "keys not waited for"): ("numbers", LATE, None),
+    (ATTENTION, "values not waited for"): ("numbers", LATE, None),
+    (ATTENTION, "no barrier before keys are read"): ("numbers", ALWAYS, "tsan"),
+    (ATTENTION, "no barrier before values are read"): ("numbers", ALWAYS, "tsan"),
+    (ATTENTION, "edge not masked"): ("numbers", ALWAYS, None),
+    (ATTENTION, "sums not corrected"): ("numbers", ALWAYS, None),
+    (ATTENTION_GRADIENT, "keys' stage not waited for"): ("numbers", LATE, None),
+    (ATTENTION_GRADIENT, "queries' stage not waited for"): ("numbers", LATE, None),
+    (ATTENTION_GRADIENT, "no barrier before keys' stage is read"): ("numbers", ALWAYS, "tsan"),
+    (ATTENTION_GRADIENT, "no barrier before queries' stage is read"): ("numbers", ALWAYS, "tsan"),
+    (ATTENTION_GRADIENT, "statistics of no query missing"): ("numbers", ALWAYS, None),
+    (ATTENTION_GRADIENT, "one head of the group"): ("numbers", ALWAYS, None),
+    (ATTENTION_GRADIENT, "one stage"): ("numbers", ALWAYS, "tsan"),
 }
 
 

@@ -11,7 +11,8 @@
 
 namespace zoo {
 
-extern const std::vector<Case> execution_cases, layout_cases, kernel_cases, hopper_cases, conv_cases, rnn_cases;
+extern const std::vector<Case> execution_cases, layout_cases, kernel_cases, hopper_cases, conv_cases, rnn_cases,
+    attention_cases;
 
 namespace {
 
@@ -37,7 +38,8 @@ emu::Config parse(const std::string& setting) {
 
 int run(int count, char** arguments) {
   std::vector<Case> cases;
-  for (auto* group : {&execution_cases, &layout_cases, &kernel_cases, &hopper_cases, &conv_cases, &rnn_cases}) {
+  for (auto* group :
+       {&execution_cases, &layout_cases, &kernel_cases, &hopper_cases, &conv_cases, &rnn_cases, &attention_cases}) {
     cases.insert(cases.end(), group->begin(), group->end());
   }
   const std::string name = count > 1 ? arguments[1] : "list";
