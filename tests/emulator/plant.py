@@ -120,7 +120,7 @@ ATTENTION_BACKWARD: dict[str, list[tuple[str, int, str]]] = {
     "no barrier before keys' stage is read": [(BARRIER_ALL, 1, "")],
     "no barrier before queries' stage is read": [(BARRIER_ALL, 3, "")],
     "statistics of no query missing": [("query >= filled", 0, "query >= block.queries")],
-    "one head of the group": [("head + task.group : head", 0, "head + 1 : head")],
+    "one head of the group": [("head + task.group", 0, "head + 1")],
     "one stage": [("stage ^= 1;", 0, "")],
 }
 BUGS = {

@@ -44,7 +44,7 @@ class Case:
         torch.manual_seed(0)
         self.dtype, self.code, self.compute = dtype, DTYPES[dtype], ops.compute_dtype(torch.empty(0, dtype=dtype))
         self.window, self.scale, self.dropout, self.batch, self.heads = window, scale, dropout, batch, heads
-        self.lengths, self.sizes, self.offset = lengths, sizes, offset
+        self.lengths, self.sizes, self.offset, self.group = lengths, sizes, offset, heads[0] // heads[1]
         shapes = [
             (batch, h, n, d)
             for h, n, d in zip(
@@ -79,9 +79,8 @@ class Case:
 
         offsets = [0, 0] if self.offsets is None else [address(each) for each in self.offsets]
         sequences = self.batch if self.offsets is None else len(self.offsets[0]) - 1
-        group = self.heads[0] // self.heads[1]
         shape = kernels.AttentionShape(
-            sequences, self.heads[0], group, *self.lengths, *self.sizes, *offsets, *self.lengths
+            sequences, self.heads[0], self.group, *self.lengths, *self.sizes, *offsets, *self.lengths
         )
         kind, strides = 0, [0] * 4
         if self.mask is not None:
@@ -218,7 +217,9 @@ def test_what_changes_scores(kernels, dtype, name):
             case.backward(kernels, (False, False, True, False))
             continue
         mask = given.get("mask")
-        case.backward(kernels, (True, True, True, mask is not None and mask.is_floating_point()))
+        # The gradient of a mask that is the same for all keys is little but rounding.
+        of_mask = mask is not None and mask.is_floating_point() and mask.shape[-1] > 1
+        case.backward(kernels, (True, True, True, of_mask))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -252,21 +253,16 @@ def test_all_orders_give_the_same_bits(dtype):
 @pytest.mark.parametrize(
     ("argument", "value", "message"),
     [
-        ("heads", (3, 2), "group"),
-        ("sizes", (257, 8), "size.*257.*1 to 256"),
-        ("lengths", (1 << 28, 4), "queries"),
-        ("dropout", 1.5, "dropout.*1.5"),
+        ("group", 3, "group must be a divisor of heads, got 3"),
+        ("sizes", (257, 8), "size must be 1 to 256, got 257"),
+        ("sizes", (8, 0), "value_size must be 1 to 256, got 0"),
+        ("lengths", (1 << 28, 4), "queries must be 1 to 2.28 - 1, got 268435456"),
+        ("dropout", 1.5, "dropout must be 0 to 1, got 1.5"),
     ],
 )
 def test_bad_arguments(argument, value, message):
     case, module = Case(torch.float32, (3, 4), (5, 6)), emulation.load()
     setattr(case, argument, value)
-    if argument == "heads":
-        case.arguments = lambda kernels: (
-            0,
-            kernels.AttentionShape(1, 3, 2, 3, 4, 5, 6, 0, 0, 3, 4),
-            Case.arguments(case, kernels)[2],
-        )
     with pytest.raises(ValueError, match=message):
         module.attention(*case.arguments(module), *[case.of(each) for each in case.inputs], (0, 0, 0, 0), 0, False, 0)
 
