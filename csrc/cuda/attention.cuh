@@ -335,7 +335,7 @@ struct Traits {
   static constexpr int kWarpStaging = Product::template kStagingBytes<kColumns>;
   static constexpr int kBytes = kStaging + kDivision.warps * kWarpStaging;
 
-  static_assert(kBytes <= 163 * 1024, "what an A100 has");
+  static_assert(kBytes <= 162 * 1024, "what an A100 has, less the arrays of constant size");
   static_assert(kAccumulatedBytes % 128 == 0 || kHalves == 1, "halves of a line are swizzled alike");
   static_assert(Product::kTensorCores || kRowTiles == 1, "CUDA cores' rows of a warp");
 

@@ -120,7 +120,7 @@ constexpr AttentionDivision attention_division(AttentionPass pass, Arithmetic ar
     return {4, 2, forward ? 32 : 16, 64, forward ? 2 : 1};
   }
   if (arithmetic == Arithmetic::float32) {
-    if (bucket == 256) return {4, 1, forward ? 32 : 8, 256, 1};
+    if (bucket == 256) return {forward ? 4 : 2, 1, forward ? 32 : 8, 256, 1};
     return {4, 1, 32, 64, 2};
   }
   if (bucket == 256) return {forward ? 2 : 1, 1, forward ? 16 : 8, 128, 1};
