@@ -48,6 +48,12 @@ REPLACEMENTS: dict[type[Module], type[Module]] = {
     torch.nn.LSTMCell: nn.LSTMCell,
     torch.nn.GRUCell: nn.GRUCell,
     torch.nn.RNNCell: nn.RNNCell,
+    torch.nn.MultiheadAttention: nn.MultiheadAttention,
+    torch.nn.TransformerEncoderLayer: nn.TransformerEncoderLayer,
+    torch.nn.TransformerDecoderLayer: nn.TransformerDecoderLayer,
+    torch.nn.TransformerEncoder: nn.TransformerEncoder,
+    torch.nn.TransformerDecoder: nn.TransformerDecoder,
+    torch.nn.Transformer: nn.Transformer,
 }
 _MARK = "_fastdl_replaced"  # in the instance: what restore_layers may undo
 
@@ -101,7 +107,7 @@ def restore_layers(model: Model) -> Model:
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer in an :class:`Explanation`: its name, its class, what runs in it, and why; a row for each of its ops."""
+    """One layer in an :class:`Explanation`: its name, its class, what runs in it, and why; an op a row."""
 
     name: str
     layer: str

@@ -5,8 +5,8 @@ from fastdl.functional.attention import scaled_dot_product_attention, varlen_att
 from fastdl.functional.batch_norm import batch_norm
 from fastdl.functional.conv import conv1d, conv2d
 from fastdl.functional.cross_entropy import cross_entropy, linear_cross_entropy
-from fastdl.functional.embedding import embedding
 from fastdl.functional.dropout import dropout
+from fastdl.functional.embedding import embedding
 from fastdl.functional.layer_norm import layer_norm, rms_norm
 from fastdl.functional.linear import linear
 from fastdl.functional.pooling import adaptive_avg_pool2d, avg_pool2d, fractional_max_pool2d, max_pool2d

@@ -234,23 +234,22 @@ def _laid_out_backward(*arguments: Any) -> list[Tensor]:
 # ----------------------------------------------------------------------------------------------------------- layouts
 
 
-def _heads_are_inner(query: Tensor) -> bool:
-    """Whether a position's heads lie side by side, as projections leave them."""
-    return bool(query.stride(1) < query.stride(2)) and query.shape[1] > 1
+def _order(query: Tensor) -> list[int]:
+    """Batch, heads and positions, the outermost in memory first."""
+    strides = query.stride()
+    return sorted(range(3), key=lambda i: -strides[i] if query.shape[i] > 1 and strides[i] else -math.inf)
 
 
 def empty_output(query: Tensor, value: Tensor) -> Tensor:
-    """An uninitialised (B, H, L, E), dense, with query's order of heads and positions."""
-    batch, heads, length = query.shape[:3]
-    if _heads_are_inner(query):
-        return query.new_empty(batch, length, heads, value.shape[3]).transpose(1, 2)
-    return query.new_empty(batch, heads, length, value.shape[3])
+    """An uninitialised (B, H, L, E), dense, with query's order of batch, heads and positions."""
+    order = _order(query)
+    output = query.new_empty(*[query.shape[i] for i in order], value.shape[3])
+    return output.permute(*[order.index(i) for i in range(3)], 3)
 
 
 def _as_laid_out(output: Tensor, query: Tensor) -> Tensor:
-    if _heads_are_inner(query):
-        return output.transpose(1, 2).contiguous().transpose(1, 2)
-    return output.contiguous()
+    order = _order(query)
+    return output.permute(*order, 3).contiguous().permute(*[order.index(i) for i in range(3)], 3)
 
 
 def empty_gradient(tensor: Tensor) -> Tensor:
