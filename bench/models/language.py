@@ -99,6 +99,7 @@ class Attention(nn.Module):
         self.query = nn.Linear(size, size, bias=False)
         self.hidden = nn.Linear(2 * size, size)
         self.logits = nn.Linear(size, letters)
+        self.criterion = nn.CrossEntropyLoss(ignore_index=Translation.pad)
 
     def forward(self, source: Tensor, lengths: Tensor, target: Tensor) -> Tensor:
         """source [S, B] with lengths [B] (on the CPU), target [T, B] -> logits [T, B, letters]."""
@@ -166,7 +167,7 @@ class Translation(training.Task):
 
     def loss(self, model: nn.Module, batch: Words, state: Any) -> tuple[Tensor, None]:
         logits = model(batch.source, batch.lengths, batch.target[:-1])
-        return F.cross_entropy(logits.flatten(0, 1), batch.target[1:].flatten(), ignore_index=self.pad), None
+        return model.criterion(logits.flatten(0, 1), batch.target[1:].flatten()), None
 
     def score(self, model: nn.Module) -> float:
         """Of the letters of unknown words, given the right ones before."""
