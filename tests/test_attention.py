@@ -612,7 +612,7 @@ def kept(backend, p, seed=1, shape=(2, 3, 64, 80), **options):
 @pytest.mark.parametrize("backend", NATIVE)
 def test_dropout_statistics(backend):
     for p in (0.1, 0.5):
-        factors = kept(backend, p, shape=(2, 4, 64, 200))
+        factors = kept(backend, p, shape=(2, 2, 64, 200))
         close = torch.isclose(factors, torch.tensor(1 / (1 - p)), rtol=1e-4)
         assert (close | (factors == 0)).all()
         n = factors.numel()
@@ -624,7 +624,7 @@ def test_dropout_statistics(backend):
 
 @pytest.mark.parametrize("backend", NATIVE)
 def test_dropout_is_that_of_the_reference_and_of_the_seed(backend):
-    shape = 2, 3, 70, 300
+    shape = 2, 2, 70, 200
     torch.manual_seed(5)
     seed = torch.randint(0, 2**63 - 1, ())
     expected = ops.dropout_factors(seed, 0.3, 0, shape, torch.float32)
@@ -661,12 +661,12 @@ def test_gradients_with_dropout(backend, dtype):
 def test_dropout_of_packed_sequences(backend):
     """Each sequence has random numbers of its own, the same in the backward."""
     device = device_of(backend)
-    inputs = [torch.randn(9, 2, 8, dtype=torch.float64, device=device, requires_grad=True) for _ in range(3)]
+    inputs = [torch.randn(6, 2, 2, dtype=torch.float64, device=device, requires_grad=True) for _ in range(3)]
 
     def run(*inputs):
         torch.manual_seed(0)
         with fastdl.use_backend(backend):
-            return varlen_attention(*inputs, offsets([4, 5], device), dropout_p=0.5)
+            return varlen_attention(*inputs, offsets([1, 5], device), dropout_p=0.5)
 
     assert torch.autograd.gradcheck(run, inputs)
 

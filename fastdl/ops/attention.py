@@ -758,6 +758,76 @@ def _attention_backward_cuda(
     return results
 
 
+# ------------------------------------------------------------------------------------------------------------ triton
+
+
+def _triton_options(
+    max_query: int,
+    max_key: int,
+    scale: float,
+    left: int,
+    right: int,
+    bottom_right: bool,
+    dropout: float,
+) -> Any:
+    from fastdl.kernels.attention import Options
+
+    random = _philox.threshold(dropout), _philox.kept_factor(dropout)
+    tf32 = _native.matmul_allows_tf32()
+    return Options(max_query, max_key, scale, left, right, bottom_right, dropout, *random, tf32)
+
+
+@ATTENTION.implement("triton", Support(_native.FLOATING, _limit, f"head dimensions up to {MAX_HEAD_DIM}"))
+def _attention_triton(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    tensors, options = rest[:5], rest[5:]
+    if 0 in (query.numel(), key.numel(), value.numel()):
+        return reference(query, key, value, *rest)
+    from fastdl.kernels import attention as kernels
+
+    output = empty_output(query, value)
+    logsumexp = query.new_empty(query.shape[:3], dtype=compute_dtype(query))
+    kernels.attention(query, key, value, *tensors, output, logsumexp, options=_triton_options(*options))
+    return output, logsumexp
+
+
+@ATTENTION_BACKWARD.implement("triton", Support(_native.FLOATING, _limit_backward))
+def _attention_backward_triton(
+    grad_output: Tensor,
+    grad_logsumexp: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    *rest: Any,
+) -> list[Tensor]:
+    tensors, options, needs = rest[:6], rest[6:-1], rest[-1]
+    if 0 in (query.numel(), key.numel(), value.numel()):
+        return _laid_out_backward(grad_output, grad_logsumexp, query, key, value, mask, *rest)
+    from fastdl.kernels import attention as kernels
+
+    inputs = query, key, value
+    gradients = [empty_gradient(t) if need else None for t, need in zip(inputs, needs, strict=False)]
+    scores_gradient = None
+    if needs[3]:
+        shape = *query.shape[:3], key.shape[2]
+        scores_gradient = torch.zeros(shape, dtype=compute_dtype(query), device=query.device)
+    grad_logsumexp = None if grad_logsumexp is None else grad_logsumexp.contiguous()
+    kernels.attention_backward(
+        grad_output,
+        grad_logsumexp,
+        *inputs,
+        mask,
+        *tensors,
+        *gradients,
+        scores_gradient,
+        options=_triton_options(*options),
+    )
+    results = [gradient for gradient in gradients if gradient is not None]
+    if scores_gradient is not None and mask is not None:
+        results.append(empty_gradient(mask).copy_(scores_gradient.sum_to_size(mask.shape)))
+    return results
+
+
 # ---------------------------------------------------------------------------------------------------------- autograd
 
 
