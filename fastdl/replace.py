@@ -52,8 +52,6 @@ REPLACEMENTS: dict[type[Module], type[Module]] = {
     torch.nn.TransformerEncoderLayer: nn.TransformerEncoderLayer,
     torch.nn.TransformerDecoderLayer: nn.TransformerDecoderLayer,
     torch.nn.TransformerEncoder: nn.TransformerEncoder,
-    torch.nn.TransformerDecoder: nn.TransformerDecoder,
-    torch.nn.Transformer: nn.Transformer,
 }
 _MARK = "_fastdl_replaced"  # in the instance: what restore_layers may undo
 

@@ -299,7 +299,9 @@ def geometries(draw, largest, most_channels):
 
 
 def draw_and_check(backend, examples, largest, most_channels, dtypes):
-    @settings(max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=examples, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+    )
     @given(
         geometry=geometries(largest, most_channels),
         dtype=st.sampled_from(dtypes),

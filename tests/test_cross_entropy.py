@@ -473,7 +473,7 @@ def test_linear_leading_dimensions(backend, reduction, lead):
 
 
 @pytest.mark.parametrize(
-    "needs", [c for r in (1, 2) for c in itertools.combinations(("input", "weight", "bias"), r)], ids=str
+    "needs", [c for r in (1, 2) for c in itertools.combinations(("input", "linear_weight", "linear_bias"), r)], ids=str
 )
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -489,7 +489,9 @@ def test_linear_needs(backend, reduction, needs):
 def test_linear_gradient_of_probabilities(backend, reduction):
     inputs = make_linear() | {"target": torch.randn(10, 13).softmax(1)}
     both = [
-        lambda input, weight, bias, target, f=f: f(input, weight, target, bias, reduction=reduction)
+        lambda input, linear_weight, linear_bias, target, f=f: f(
+            input, linear_weight, target, linear_bias=linear_bias, reduction=reduction
+        )
         for f in (functional.linear_cross_entropy, eager)
     ]
     compare(backend, *both, inputs, multiple=4)
@@ -625,7 +627,7 @@ BAD_LINEAR = {
     "bias": (
         dict(input=LX, linear_weight=LW, target=LT, linear_bias=torch.zeros(4)),
         RuntimeError,
-        r"bias.*\(4,\), allowed: \(5,\)",
+        r"linear_bias.*\(4,\), allowed: \(5,\)",
     ),
     "rows": (dict(input=LX, linear_weight=LW, target=LT[:2]), ValueError, r"target has shape \(2,\), allowed: \(3,\)"),
     "dtypes": (

@@ -112,12 +112,13 @@ def workshop(tmp_path_factory):
     with tarfile.open(shop.sdist) as archive:
         archive.extractall(folder / "unpacked")
     (shop.source,) = (folder / "unpacked").iterdir()
-    lend_objects(shop.source)
+    (site,) = (folder / "environment/lib").glob("python*/site-packages")
+    lend_objects(shop.source, site)
     return shop
 
 
-def lend_objects(source: Path) -> None:
-    """Gives a source folder what this checkout's build has compiled, as if compiled there.
+def lend_objects(source: Path, site: Path) -> None:
+    """Gives a source folder what this checkout's build has compiled, as if compiled there with what ``site`` holds.
 
     setup.py takes an object only where the command and all that its source includes are the same: what the sdist lacks
     is still missed. Warnings as errors make no difference to what comes out.
@@ -127,7 +128,7 @@ def lend_objects(source: Path) -> None:
         return
     shutil.copytree(ours, theirs)
     for path in [*theirs.glob("*.stamp"), *theirs.glob("*.d")]:
-        text = path.read_text().replace(str(ROOT), str(source))
+        text = path.read_text().replace(str(SITE), str(site)).replace(str(ROOT), str(source))
         path.write_text(text.replace(" -Werror all-warnings", "").replace(" -Werror", ""))
 
 

@@ -90,10 +90,16 @@ EXAMPLES = {
     torch.nn.Softmax: ((1,), (2, 4)),
     torch.nn.LogSoftmax: ((1,), (2, 4)),
     torch.nn.Embedding: ((7, 3), (2, 4)),
+    torch.nn.MultiheadAttention: ((4, 2), (3, 2, 4)),
+    torch.nn.TransformerEncoderLayer: ((4, 2, 5, 0.0), (3, 2, 4)),
+    torch.nn.TransformerDecoderLayer: ((4, 2, 5, 0.0), (3, 2, 4)),
+    torch.nn.TransformerEncoder: ((torch.nn.TransformerEncoderLayer(4, 2, 5, 0.0), 1), (3, 2, 4)),
 }
 # What layers take that take something else than one floating-point tensor.
 INPUTS = {
     torch.nn.Embedding: (torch.tensor([[1, 0], [6, 1]]),),
+    torch.nn.MultiheadAttention: (torch.ones(3, 2, 4),) * 3,
+    torch.nn.TransformerDecoderLayer: (torch.linspace(-3, 3, 24).view(3, 2, 4),) * 2,
     torch.nn.CrossEntropyLoss: (torch.tensor([[0.5, -1.0, 2.0], [0.0, 1.0, 3.0]]), torch.tensor([2, 0])),
 }
 

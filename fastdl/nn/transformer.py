@@ -171,7 +171,7 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
 
 
 class TransformerDecoder(torch.nn.TransformerDecoder):
-    """A stack of decoder layers; :class:`torch.nn.TransformerDecoder`."""
+    """A stack of decoder layers, which do all the work; :class:`torch.nn.TransformerDecoder`."""
 
 
 class Transformer(torch.nn.Transformer):
@@ -207,7 +207,6 @@ _LAYERS: dict[type[Module], type[Module]] = {
     torch.nn.TransformerEncoderLayer: TransformerEncoderLayer,
     torch.nn.TransformerDecoderLayer: TransformerDecoderLayer,
     torch.nn.TransformerEncoder: TransformerEncoder,
-    torch.nn.TransformerDecoder: TransformerDecoder,
 }
 
 
