@@ -1,7 +1,7 @@
 # `make bench` and `make test` set up everything they need, in .venv.
 PYTHON ?= python3
 VENV ?= .venv
-SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.cpp csrc/*/*)
+SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.cpp csrc/*/* csrc/*/*/*)
 
 .PHONY: bench test lint format clean
 .DELETE_ON_ERROR:
