@@ -435,7 +435,7 @@ ATTENTION_BACKWARD = Op(
 )
 
 
-# --------------------------------------------------------------------------------------------------------------- cpu
+# ------------------------------------------------------------------------------------------------ native: cpu and cuda
 
 
 def _with_rows(tensor: Tensor) -> Tensor:
@@ -460,158 +460,7 @@ class _Arguments(NamedTuple):
 
 
 def _arguments(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    slopes: Tensor | None,
-    query_offsets: Tensor | None,
-    key_offsets: Tensor | None,
-    seed: Tensor | None,
-    scale: float,
-    left: int,
-    right: int,
-    bottom_right: bool,
-    dropout: float,
-) -> _Arguments:
-    kernels = _native.kernels("cpu")
-    batch, heads, queries, size = query.shape
-    keys = key.shape[2]
-    if query_offsets is not None and key_offsets is not None:
-        batch = len(query_offsets) - 1
-        query_offsets, key_offsets = [t.to(torch.int64).contiguous() for t in (query_offsets, key_offsets)]
-    kind, mask_strides = 0, [0, 0, 0]
-    if mask is not None:
-        kind = 1 if mask.dtype == torch.bool else 2 if mask.dtype == query.dtype else 3
-        mask = mask.to(compute_dtype(query)) if kind == 3 else mask
-        mask = _with_rows(mask.expand(*mask.shape[:3], keys))
-        mask_strides = [0 if n == 1 else s for n, s in zip(mask.shape[:3], mask.stride(), strict=False)]
-    if slopes is not None:
-        slopes = slopes.to(compute_dtype(query)).contiguous()
-    shape = kernels.AttentionShape(
-        batch,
-        heads,
-        heads // key.shape[1],
-        queries,
-        keys,
-        size,
-        value.shape[3],
-        _native.address(query_offsets),
-        _native.address(key_offsets),
-    )
-    scores = kernels.AttentionScores(
-        scale,
-        left,
-        right,
-        bottom_right,
-        kind,
-        _native.address(mask),
-        *mask_strides,
-        _native.address(slopes),
-        heads if slopes is not None and len(slopes) > 1 else 0,
-        dropout,
-        0 if seed is None else int(seed) & 0xFFFFFFFFFFFFFFFF,
-    )
-    return _Arguments(shape, scores, (mask, slopes, query_offsets, key_offsets))
-
-
-@ATTENTION.implement("cpu", Support(_native.FLOATING, _limit, f"head dimensions up to {MAX_HEAD_DIM}"))
-def _attention_cpu(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    slopes: Tensor | None,
-    query_offsets: Tensor | None,
-    key_offsets: Tensor | None,
-    seed: Tensor | None,
-    max_query: int,
-    max_key: int,
-    *options: Any,
-) -> tuple[Tensor, Tensor]:
-    tensors = mask, slopes, query_offsets, key_offsets, seed
-    if 0 in (query.numel(), key.numel(), value.numel()):
-        return reference(query, key, value, *tensors, max_query, max_key, *options)
-    output = _native.huge_pages(empty_output(query, value))
-    logsumexp = query.new_empty(query.shape[:3], dtype=compute_dtype(query))
-    query, key, value = [_with_rows(t) for t in (query, key, value)]
-    arguments = _arguments(query, key, value, *tensors, *options)
-    _native.kernels("cpu").attention(
-        _native.DTYPE_CODES[query.dtype],
-        arguments.shape,
-        arguments.scores,
-        _place(query),
-        _place(key),
-        _place(value),
-        _place(output),
-        logsumexp.data_ptr(),
-        _native.context(query),
-    )
-    return output, logsumexp
-
-
-@ATTENTION_BACKWARD.implement("cpu", Support(_native.FLOATING, _limit_backward))
-def _attention_backward_cpu(
-    grad_output: Tensor,
-    grad_logsumexp: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    slopes: Tensor | None,
-    query_offsets: Tensor | None,
-    key_offsets: Tensor | None,
-    seed: Tensor | None,
-    output: Tensor,
-    logsumexp: Tensor,
-    max_query: int,
-    max_key: int,
-    *options_and_needs: Any,
-) -> list[Tensor]:
-    *options, needs = options_and_needs
-    tensors = mask, slopes, query_offsets, key_offsets, seed
-    if 0 in (query.numel(), key.numel(), value.numel()):
-        saved = query, key, value, *tensors, output, logsumexp, max_query, max_key
-        return _laid_out_backward(grad_output, grad_logsumexp, *saved, *options, needs)
-    inputs = query, key, value
-    gradients = [
-        _native.huge_pages(empty_gradient(t)) if need else None for t, need in zip(inputs, needs, strict=False)
-    ]
-    scores_gradient = None
-    if needs[3]:  # the whole of it, before the sum over what the mask is broadcast over; 0 where nothing is seen
-        shape = *query.shape[:3], key.shape[2]
-        scores_gradient = torch.zeros(shape, dtype=compute_dtype(query))
-    grad_output, query, key, value, output = [_with_rows(t) for t in (grad_output, query, key, value, output)]
-    grad_logsumexp = None if grad_logsumexp is None else grad_logsumexp.contiguous()
-    kernels, code, context = _native.kernels("cpu"), _native.DTYPE_CODES[query.dtype], _native.context(query)
-    arguments = _arguments(query, key, value, *tensors, *options)
-    workspace = _native.workspace(kernels.attention_backward_workspace(code, arguments.shape, context), query)
-    kernels.attention_backward(
-        code,
-        arguments.shape,
-        arguments.scores,
-        _place(grad_output),
-        _place(query),
-        _place(key),
-        _place(value),
-        _place(output),
-        logsumexp.data_ptr(),
-        _native.address(grad_logsumexp),
-        *map(_place, gradients),
-        _native.address(scores_gradient),
-        _native.address(workspace),
-        context,
-    )
-    results = [gradient for gradient in gradients if gradient is not None]
-    if scores_gradient is not None and mask is not None:
-        results.append(empty_gradient(mask).copy_(scores_gradient.sum_to_size(mask.shape)))
-    return results
-
-
-# -------------------------------------------------------------------------------------------------------------- cuda
-
-
-def _arguments_cuda(
+    backend: str,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -628,7 +477,7 @@ def _arguments_cuda(
     bottom_right: bool,
     dropout: float,
 ) -> _Arguments:
-    kernels = _native.kernels("cuda")
+    kernels, on_cpu = _native.kernels(backend), backend == "cpu"
     batch, heads, queries, size = query.shape
     keys = key.shape[2]
     if query_offsets is not None and key_offsets is not None:
@@ -638,9 +487,12 @@ def _arguments_cuda(
     if mask is not None:
         kind = 1 if mask.dtype == torch.bool else 2 if mask.dtype == query.dtype else 3
         mask = mask.to(compute_dtype(query)) if kind == 3 else mask
+        if on_cpu:
+            mask = _with_rows(mask.expand(*mask.shape[:3], keys))
         mask_strides = [0 if n == 1 else s for n, s in zip(mask.shape, mask.stride(), strict=True)]
     if slopes is not None:
         slopes = slopes.to(compute_dtype(query)).contiguous()
+    longest = () if on_cpu else (min(max_query, queries), min(max_key, keys))  # a CPU's kernels look at the offsets
     shape = kernels.AttentionShape(
         batch,
         heads,
@@ -651,9 +503,9 @@ def _arguments_cuda(
         value.shape[3],
         _native.address(query_offsets),
         _native.address(key_offsets),
-        min(max_query, queries),
-        min(max_key, keys),
+        *longest,
     )
+    number = 0 if seed is None else int(seed) & 0xFFFFFFFFFFFFFFFF if on_cpu else _native.address(seed)
     scores = kernels.AttentionScores(
         scale,
         left,
@@ -661,101 +513,106 @@ def _arguments_cuda(
         bottom_right,
         kind,
         _native.address(mask),
-        mask_strides,
+        *(mask_strides[:3] if on_cpu else [mask_strides]),
         _native.address(slopes),
         heads if slopes is not None and len(slopes) > 1 else 0,
         dropout,
-        _native.address(seed),
+        number,
     )
     return _Arguments(shape, scores, (mask, slopes, query_offsets, key_offsets))
 
 
-@ATTENTION.implement("cuda", Support(_native.FLOATING, _limit, f"head dimensions up to {MAX_HEAD_DIM}"))
-def _attention_cuda(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    slopes: Tensor | None,
-    query_offsets: Tensor | None,
-    key_offsets: Tensor | None,
-    seed: Tensor | None,
-    *options: Any,
-) -> tuple[Tensor, Tensor]:
-    tensors = mask, slopes, query_offsets, key_offsets, seed
-    if 0 in (query.numel(), key.numel(), value.numel()):
-        return reference(query, key, value, *tensors, *options)
-    output = empty_output(query, value)
-    logsumexp = query.new_empty(query.shape[:3], dtype=compute_dtype(query))
-    query, key, value = [_with_rows(t) for t in (query, key, value)]
-    arguments = _arguments_cuda(query, key, value, *tensors, *options)
-    _native.kernels("cuda").attention(
-        _native.DTYPE_CODES[query.dtype],
-        arguments.shape,
-        arguments.scores,
-        _place(query),
-        _place(key),
-        _place(value),
-        _place(output),
-        logsumexp.data_ptr(),
-        _native.matmul_allows_tf32(),
-        _native.context(query),
-    )
-    return output, logsumexp
+def _add(backend: str) -> None:
+    """Adds the kernels of a backend, whose bindings differ in what a GPU has to be told besides."""
+
+    def more() -> tuple[bool, ...]:
+        return () if backend == "cpu" else (_native.matmul_allows_tf32(),)
+
+    @ATTENTION.implement(backend, Support(_native.FLOATING, _limit, f"head dimensions up to {MAX_HEAD_DIM}"))
+    def attention(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        slopes: Tensor | None,
+        query_offsets: Tensor | None,
+        key_offsets: Tensor | None,
+        seed: Tensor | None,
+        *options: Any,
+    ) -> tuple[Tensor, Tensor]:
+        tensors = mask, slopes, query_offsets, key_offsets, seed
+        if 0 in (query.numel(), key.numel(), value.numel()):
+            return reference(query, key, value, *tensors, *options)
+        output = _native.huge_pages(empty_output(query, value))
+        logsumexp = query.new_empty(query.shape[:3], dtype=compute_dtype(query))
+        query, key, value = [_with_rows(t) for t in (query, key, value)]
+        arguments = _arguments(backend, query, key, value, *tensors, *options)
+        _native.kernels(backend).attention(
+            _native.DTYPE_CODES[query.dtype],
+            arguments.shape,
+            arguments.scores,
+            *map(_place, (query, key, value, output)),
+            logsumexp.data_ptr(),
+            *more(),
+            _native.context(query),
+        )
+        return output, logsumexp
+
+    @ATTENTION_BACKWARD.implement(backend, Support(_native.FLOATING, _limit_backward))
+    def attention_backward(
+        grad_output: Tensor,
+        grad_logsumexp: Tensor | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        slopes: Tensor | None,
+        query_offsets: Tensor | None,
+        key_offsets: Tensor | None,
+        seed: Tensor | None,
+        output: Tensor,
+        logsumexp: Tensor,
+        *options_and_needs: Any,
+    ) -> list[Tensor]:
+        *options, needs = options_and_needs
+        inputs, tensors = (query, key, value), (mask, slopes, query_offsets, key_offsets, seed)
+        if 0 in (query.numel(), key.numel(), value.numel()):
+            saved = *inputs, *tensors, output, logsumexp
+            return _laid_out_backward(grad_output, grad_logsumexp, *saved, *options, needs)
+        gradients = [
+            _native.huge_pages(empty_gradient(t)) if need else None for t, need in zip(inputs, needs, strict=False)
+        ]
+        scores_gradient = None
+        if needs[3]:  # the whole of it, before the sum over what the mask is broadcast over; 0 where nothing is seen
+            shape = *query.shape[:3], key.shape[2]
+            scores_gradient = query.new_zeros(shape, dtype=compute_dtype(query))
+        grad_output, query, key, value, output = [_with_rows(t) for t in (grad_output, *inputs, output)]
+        grad_logsumexp = None if grad_logsumexp is None else grad_logsumexp.contiguous()
+        kernels, code, context = _native.kernels(backend), _native.DTYPE_CODES[query.dtype], _native.context(query)
+        arguments = _arguments(backend, query, key, value, *tensors, *options)
+        threads = (context,) if backend == "cpu" else ()
+        workspace = _native.workspace(kernels.attention_backward_workspace(code, arguments.shape, *threads), query)
+        kernels.attention_backward(
+            code,
+            arguments.shape,
+            arguments.scores,
+            *map(_place, (grad_output, query, key, value, output)),
+            logsumexp.data_ptr(),
+            _native.address(grad_logsumexp),
+            *map(_place, gradients),
+            _native.address(scores_gradient),
+            *more(),
+            _native.address(workspace),
+            context,
+        )
+        results = [gradient for gradient in gradients if gradient is not None]
+        if scores_gradient is not None and mask is not None:
+            results.append(empty_gradient(mask).copy_(scores_gradient.sum_to_size(mask.shape)))
+        return results
 
 
-@ATTENTION_BACKWARD.implement("cuda", Support(_native.FLOATING, _limit_backward))
-def _attention_backward_cuda(
-    grad_output: Tensor,
-    grad_logsumexp: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    slopes: Tensor | None,
-    query_offsets: Tensor | None,
-    key_offsets: Tensor | None,
-    seed: Tensor | None,
-    output: Tensor,
-    logsumexp: Tensor,
-    *options_and_needs: Any,
-) -> list[Tensor]:
-    *options, needs = options_and_needs
-    tensors = mask, slopes, query_offsets, key_offsets, seed
-    if 0 in (query.numel(), key.numel(), value.numel()):
-        saved = query, key, value, *tensors, output, logsumexp
-        return _laid_out_backward(grad_output, grad_logsumexp, *saved, *options, needs)
-    gradients = [empty_gradient(t) if need else None for t, need in zip((query, key, value), needs, strict=False)]
-    scores_gradient = None
-    if needs[3]:  # the whole of it, before the sum over what the mask is broadcast over; 0 where nothing is seen
-        shape = *query.shape[:3], key.shape[2]
-        scores_gradient = query.new_zeros(shape, dtype=compute_dtype(query))
-    grad_output, query, key, value, output = [_with_rows(t) for t in (grad_output, query, key, value, output)]
-    grad_logsumexp = None if grad_logsumexp is None else grad_logsumexp.contiguous()
-    kernels, code = _native.kernels("cuda"), _native.DTYPE_CODES[query.dtype]
-    arguments = _arguments_cuda(query, key, value, *tensors, *options)
-    workspace = _native.workspace(kernels.attention_backward_workspace(code, arguments.shape), query)
-    kernels.attention_backward(
-        code,
-        arguments.shape,
-        arguments.scores,
-        _place(grad_output),
-        _place(query),
-        _place(key),
-        _place(value),
-        _place(output),
-        logsumexp.data_ptr(),
-        _native.address(grad_logsumexp),
-        *map(_place, gradients),
-        _native.address(scores_gradient),
-        _native.matmul_allows_tf32(),
-        _native.address(workspace),
-        _native.context(query),
-    )
-    results = [gradient for gradient in gradients if gradient is not None]
-    if scores_gradient is not None and mask is not None:
-        results.append(empty_gradient(mask).copy_(scores_gradient.sum_to_size(mask.shape)))
-    return results
+_add("cpu")
+_add("cuda")
 
 
 # ------------------------------------------------------------------------------------------------------------ triton
