@@ -436,7 +436,8 @@ def why_unavailable() -> str | None:
 def compile_all(every: bool) -> dict[str, dict[str, Code]]:
     """By target and kernel's name, the machine code; as many compilers at once as there are processors.
 
-    ``every``: all that Triton's launchers can choose (minutes more), not only the declared sample.
+    ``every``: all that Triton's launchers can choose on all targets (minutes more), not only the declared sample on
+    NVIDIA's.
     """
     sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -446,6 +447,7 @@ def compile_all(every: bool) -> dict[str, dict[str, Code]]:
                 pool.submit(_triton_process, target, every),
             ]
             for target in TARGETS
+            if every or target.is_nvidia
         }
         return {
             name: dict(sorted(item for future in futures for item in future.result().items()))

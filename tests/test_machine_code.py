@@ -27,7 +27,7 @@ def test_sample_keeps_its_plans_and_is_as_stored():
         pytest.skip(reason)
     assert reason is None
     sample = machine_code.compile_all(every=False)
-    assert all(sample[target.name] for target in TARGETS)
+    assert all(sample[target.name] for target in TARGETS if target.is_nvidia)
     assert machine_code.problems(sample) == []
     update = f"if this is meant: {machine_code.COMMAND}, and review the tables' diff"
     assert list(machine_code.differences(sample, every=False)) == [], update
