@@ -27,9 +27,9 @@ from .correctness import Gate, Sample, draw, step
 from .outcome import BACKEND, CHECK, PEER, Results, Row, provenance
 
 EAGER, COMPILE = "torch eager", "torch.compile"
-QUICK, FULL = 1.0, 5.0  # seconds of measuring, a case
+QUICK, FULL = 0.3, 5.0  # seconds of measuring, a case
 TRIES = 2  # measurements of a case that other processes disturb
-QUICK_RETRIES = 60.0  # seconds after which the quick set repeats no more
+QUICK_RETRIES = 20.0  # seconds after which the quick set repeats no more
 INTERPRETED = "no GPU here: the Triton kernels were checked in Triton's interpreter on small ragged shapes, not timed"
 
 
@@ -39,7 +39,7 @@ def add_commands(commands: Any) -> None:
     common.add_argument("--family", action="append", choices=cases.families(), help="only this family; may be repeated")
     common.add_argument("--device", help="cuda, cuda:1, cpu; default: the GPU if there is one")
     measuring = argparse.ArgumentParser(add_help=False, parents=[common])
-    measuring.add_argument("--quick", action="store_true", help="a small set of cases: about two minutes on two cores")
+    measuring.add_argument("--quick", action="store_true", help="a small set of cases: about three minutes on two cores")
     measuring.add_argument("--budget", type=float, metavar="SECONDS", help="of measuring, for each case")
 
     bench = commands.add_parser("bench", parents=[measuring], help="check every kernel, then time it beside torch")
