@@ -52,8 +52,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             scores = (q * (1 / math.sqrt(self.head_dim))) @ k.mT
             if mask is not None:
                 scores = scores.masked_fill(mask, -math.inf) if mask.dtype == torch.bool else scores + mask
-            weights = torch.softmax(scores, -1)
-            weights = F.dropout(weights, dropout) if dropout else weights
+            weights = functional.dropout(functional.softmax(scores, -1), dropout, dropout > 0)
             output = weights @ v
         else:
             window = (-1, 0) if causal else (-1, -1)
