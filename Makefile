@@ -9,8 +9,9 @@ SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.cpp csrc/*/
 bench: $(VENV)/.ready
 	$(VENV)/bin/fastdl bench --quick
 
+# As many processes as cores: threads that wait must not keep the others from running.
 test: $(VENV)/.ready lint
-	$(VENV)/bin/python -m pytest -n auto --dist loadfile
+	OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest -n auto --dist loadfile
 
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check .
