@@ -385,3 +385,13 @@ def test_the_shell_script_runs_the_steps_asked_for(tmp_path):
     assert re.search(r"^environment +passed", done.stdout, re.MULTILINE)
     told = subprocess.run(["bash", ROOT / "bench" / "gpu.sh", "--help"], capture_output=True, text=True)
     assert told.returncode == 0 and "merge" in told.stdout
+
+
+def test_an_op_called_on_the_way_to_others_keeps_the_record_of_its_speed(tmp_path):
+    record = {"op": "linear", "backend": "cpu", "dtype": "float32", "code_path": "avx2", "passed": True, "source": "a"}
+    known, by_the_way = record | {"speed": {"inference": {}}}, record | {"source": "b", "speed": {}}
+    target = tmp_path / "records.json"
+    for new, kept in ((by_the_way, known), (by_the_way | {"passed": False}, by_the_way | {"passed": False})):
+        target.write_text(json.dumps({"records": [known]}))
+        assert gpu.merge_records([new], target) == 1
+        assert json.loads(target.read_text())["records"] == [kept]
