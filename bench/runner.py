@@ -39,7 +39,7 @@ def add_commands(commands: Any) -> None:
     common.add_argument("--family", action="append", choices=cases.families(), help="only this family; may be repeated")
     common.add_argument("--device", help="cuda, cuda:1, cpu; default: the GPU if there is one")
     measuring = argparse.ArgumentParser(add_help=False, parents=[common])
-    measuring.add_argument("--quick", action="store_true", help="a small set of cases: three minutes on two cores")
+    measuring.add_argument("--quick", action="store_true", help="a small set of cases: under four minutes on two cores")
     measuring.add_argument("--budget", type=float, metavar="SECONDS", help="of measuring, for each case")
 
     bench = commands.add_parser("bench", parents=[measuring], help="check every kernel, then time it beside torch")
